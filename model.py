@@ -1,0 +1,507 @@
+"""
+MicroDiT ("Stretching Each Dollar", CVPR 2025, arXiv 2407.15811) and the EDM diffusion around it (Karras et al. 2022).
+
+    noisy latent -> patches -> patch mixer over ALL patches -> drop 75 % of them -> backbone over the kept ones -> denoised
+
+Letters in the shape comments: B images, T = (H/p)(W/p) patches, K kept patches, L caption tokens, d width of a block,
+D width of the backbone, E experts, k tokens an expert takes per image.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+SIGMA_DATA = 0.9  # standard deviation that the latents are scaled to
+
+
+@dataclass
+class MicroDiTConfig:
+    """The defaults are the paper's XL/2 at 256 px with a 4-channel autoencoder."""
+    latent_size: int = 32                       # height and width of the latents
+    latent_channels: int = 4
+    patch_size: int = 2
+    dim: int = 1024                             # width of the backbone
+    depth: int = 28                             # backbone blocks
+    head_dim: int = 64
+    mlp_multiple: int = 256                     # hidden widths of the MLPs are rounded up to a multiple of it
+    caption_dim: int = 1024                     # width of the caption embedding
+    pos_scale: float = 1.0                      # positions are divided by it: 1 at 256 px, 2 at 512 px
+    attn_ratio: tuple[float, float] = (0.5, 1.0)  # layer-wise scaling: attention width / dim, first and last block
+    mlp_ratio: tuple[float, float] = (0.5, 4.0)   # layer-wise scaling: MLP width / dim, first and last block
+    mixer_depth: int = 6                        # patch mixer blocks; 0: no mixer, naive masking
+    mixer_dim: int = 768
+    mixer_mlp_ratio: float = 4.0
+    num_experts: int = 8                        # 0: dense MLPs everywhere
+    expert_capacity: float = 2.0                # experts that process a token, on average
+    moe_every: int = 2                          # every so many blocks one is sparse
+    router_unmodulated: bool = False            # the router reads LN(x) instead of the adaLN-modulated tokens
+
+    def __post_init__(self):
+        self.attn_ratio, self.mlp_ratio = tuple(self.attn_ratio), tuple(self.mlp_ratio)  # JSON gives lists
+        if self.latent_size % self.patch_size:
+            raise ValueError(f"latent_size {self.latent_size} is not a multiple of patch_size {self.patch_size}")
+        if self.dim % 4:
+            raise ValueError(f"dim {self.dim} is not a multiple of 4, which the 2D position table needs")
+        for name, width in [("dim", self.dim)] + [("mixer_dim", self.mixer_dim)] * (self.mixer_depth > 0):
+            if width % self.head_dim:
+                raise ValueError(f"{name} {width} is not a multiple of head_dim {self.head_dim}")
+        if self.num_experts and self.moe_every < 1:
+            raise ValueError(f"moe_every is {self.moe_every}, must be at least 1")
+
+    @property
+    def tokens(self):
+        return (self.latent_size // self.patch_size) ** 2
+
+
+def round_up(n, multiple):
+    return -(-n // multiple) * multiple
+
+
+def expert_tokens(capacity, tokens, experts):
+    """Tokens that each expert takes per image, k = int(capacity * tokens / experts). ValueError if that is none."""
+    k = int(capacity * tokens / experts)
+    if k < 1:
+        raise ValueError(f"int(capacity {capacity} * tokens {tokens} / experts {experts}) is {k}: an expert would take "
+                         "no token. Raise expert_capacity, keep more tokens, or use fewer experts")
+    return min(k, tokens)
+
+
+def layer_norm(dim):
+    return nn.LayerNorm(dim, eps=1e-6, bias=False)
+
+
+def gelu_tanh(x):
+    return F.gelu(x, approximate="tanh")
+
+
+def modulate(x, shift, scale):
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x (B,T,d) to itself, or with cross=True to a caption (B,L,d), `width` wide inside."""
+
+    def __init__(self, dim, width, head_dim, cross=False):
+        super().__init__()
+        self.heads, self.width, self.cross = width // head_dim, width, cross
+        if cross:
+            self.q = nn.Linear(dim, width, bias=False)
+            self.kv = nn.Linear(dim, 2 * width, bias=False)
+        else:
+            self.qkv = nn.Linear(dim, 3 * width, bias=False)
+        self.proj = nn.Linear(width, dim, bias=False)
+
+    def forward(self, x, caption=None):
+        q, k, v = (self.q(x), *self.kv(caption).chunk(2, -1)) if self.cross else self.qkv(x).chunk(3, -1)
+        # normalised over all heads together, before they are split
+        q, k = (F.layer_norm(t, (self.width,), eps=1e-6) for t in (q, k))
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k.to(q.dtype), v.to(q.dtype)))
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.w1 = nn.Linear(dim, hidden, bias=False)
+        self.w2 = nn.Linear(dim, hidden, bias=False)
+        self.w3 = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x):
+        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+
+
+class ExpertChoiceMLP(nn.Module):
+    """Expert-choice mixture of experts (Zhou et al. 2022): every expert takes its top k tokens of each image.
+
+    The load is balanced by construction, so there is no auxiliary loss. A token that no expert takes comes out as zero.
+    """
+
+    def __init__(self, dim, hidden, num_experts, capacity):
+        super().__init__()
+        self.capacity, self.num_experts = capacity, num_experts
+        self.router = nn.Linear(dim, num_experts, bias=False)
+        self.w1 = nn.Parameter(torch.empty(num_experts, dim, hidden))
+        self.w2 = nn.Parameter(torch.empty(num_experts, hidden, dim))
+
+    def forward(self, x, router_input=None):
+        B, T, d = x.shape
+        k = expert_tokens(self.capacity, T, self.num_experts)
+        probs = self.router(x if router_input is None else router_input).float().softmax(-1)    # (B, T, E)
+        weight, index = probs.permute(2, 0, 1).topk(k, dim=-1)                                  # (E, B, k)
+        rows = (index + T * torch.arange(B, device=x.device).view(1, B, 1)).flatten()           # rows of (B*T, d)
+        taken = x.reshape(B * T, d).index_select(0, rows).view(self.num_experts, B * k, d)
+        out = torch.bmm(F.gelu(torch.bmm(taken, self.w1)), self.w2)                             # (E, B*k, d)
+        out = (out * weight.reshape(self.num_experts, B * k, 1)).view(-1, d)
+        return out.new_zeros(B * T, d).index_add(0, rows, out).view(B, T, d)
+
+
+class Block(nn.Module):
+    """x += gate * SelfAttn(adaLN(x));  x += CrossAttn(LN(x), caption);  x += gate * MLP(adaLN(x))"""
+
+    def __init__(self, config, dim, attn_ratio, mlp_ratio, sparse):
+        super().__init__()
+        c = config
+        self.router_unmodulated = sparse and c.router_unmodulated
+        self.norm1, self.norm2, self.norm3 = layer_norm(dim), layer_norm(dim), layer_norm(dim)
+        width = dim if attn_ratio == 1 else round_up(int(dim * attn_ratio), 2 * c.head_dim)
+        self.attn = Attention(dim, width, c.head_dim)
+        self.cross_attn = Attention(dim, dim, c.head_dim, cross=True)
+        self.mlp = (ExpertChoiceMLP(dim, round_up(int(dim * mlp_ratio), c.mlp_multiple), c.num_experts, c.expert_capacity)
+                    if sparse else SwiGLU(dim, swiglu_hidden(dim, mlp_ratio, c.mlp_multiple)))
+        self.modulation = nn.Linear(c.dim, 6 * dim)
+
+    def forward(self, x, caption, cond):
+        """x (B,T,d), caption (B,L,d), cond (B,D), already through its GELU -> (B,T,d)"""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(cond).chunk(6, -1)
+        x = x + gate_a.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_a, scale_a))
+        x = x + self.cross_attn(self.norm2(x), caption)
+        h = self.norm3(x)
+        router_input = (h,) if self.router_unmodulated else ()
+        return x + gate_m.unsqueeze(1) * self.mlp(modulate(h, shift_m, scale_m), *router_input)
+
+
+class CaptionBlock(nn.Module):
+    """Pre-norm transformer block that refines the caption tokens once, before every cross-attention reads them."""
+
+    def __init__(self, dim, head_dim, mlp_multiple):
+        super().__init__()
+        self.norm1, self.norm2 = layer_norm(dim), layer_norm(dim)
+        self.attn = Attention(dim, dim, head_dim)
+        self.mlp = SwiGLU(dim, swiglu_hidden(dim, 4, mlp_multiple))
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class CaptionMLP(nn.Module):
+    def __init__(self, in_dim, dim):
+        super().__init__()
+        self.fc1, self.norm, self.fc2 = nn.Linear(in_dim, dim), layer_norm(dim), nn.Linear(dim, dim)
+
+    def forward(self, x):
+        return self.fc2(self.norm(gelu_tanh(self.fc1(x))))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, dim, out_dim):
+        super().__init__()
+        self.norm, self.modulation, self.linear = layer_norm(dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, out_dim)
+
+    def forward(self, x, cond):
+        return self.linear(modulate(self.norm(x), *self.modulation(cond).chunk(2, -1)))
+
+
+def swiglu_hidden(dim, ratio, multiple):
+    return round_up(int(2 / 3 * int(dim * ratio)), multiple)
+
+
+def position_table(config):
+    """Fixed 2D sin-cos table (T, dim): the first half of the channels encodes the column, the second half the row."""
+    side, quarter = config.latent_size // config.patch_size, config.dim // 4
+    freq = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    angle = torch.arange(side, dtype=torch.float64)[:, None] / config.pos_scale * freq           # (side, dim/4)
+    axis = torch.cat([angle.sin(), angle.cos()], -1)                                             # (side, dim/2)
+    column, row = axis[None].expand(side, -1, -1), axis[:, None].expand(-1, side, -1)
+    return torch.cat([column, row], -1).flatten(0, 1).float()
+
+
+def noise_level_features(c_noise, size=512):
+    """Sinusoidal features of ln(sigma)/4: (B,) -> (B, size)"""
+    half = size // 2
+    freq = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=c_noise.device) / half)
+    angle = c_noise.float()[:, None] * freq
+    return torch.cat([angle.cos(), angle.sin()], -1)
+
+
+def patchify(x, p):
+    """(B,C,H,W) -> (B, T, p*p*C), patches row by row, each in (row, column, channel) order"""
+    B, C, H, W = x.shape
+    return x.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1).reshape(B, (H // p) * (W // p), p * p * C)
+
+
+def unpatchify(x, p):
+    """The inverse of patchify for square pictures"""
+    B, T, n = x.shape
+    side = math.isqrt(T)
+    return x.view(B, side, side, p, p, n // (p * p)).permute(0, 5, 1, 3, 2, 4).reshape(B, -1, side * p, side * p)
+
+
+def kept_patches(uniforms, mask_ratio):
+    """Deferred masking: uniforms (B,T) -> ids_keep (B, int(T(1-r))), the smallest draws of each picture, ascending."""
+    keep = int(uniforms.shape[1] * (1 - mask_ratio))
+    if not 1 <= keep <= uniforms.shape[1]:
+        raise ValueError(f"mask_ratio {mask_ratio} keeps {keep} of {uniforms.shape[1]} patches: it must be at least 0 "
+                         "and leave one patch")
+    return uniforms.argsort(1)[:, :keep]
+
+
+def gather_tokens(x, ids):
+    """x (B,T,d), ids (B,K) -> (B,K,d)"""
+    return x.gather(1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network
+
+
+class MicroDiT(nn.Module):
+    """F(c_in x; c_noise, caption) of EDM: patch mixer, deferred masking, layer-wise scaled backbone (paper, section 3)."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        self.patch_embed = nn.Conv2d(c.latent_channels, c.dim, c.patch_size, stride=c.patch_size)
+        self.register_buffer("pos_embed", position_table(c), persistent=False)
+        self.noise_embed = nn.Sequential(nn.Linear(512, c.dim), nn.GELU("tanh"), nn.Linear(c.dim, c.dim))
+        self.caption_embed = CaptionMLP(c.caption_dim, c.dim)
+        self.caption_block = CaptionBlock(c.dim, c.head_dim, c.mlp_multiple)
+        self.pooled_embed = CaptionMLP(c.dim, c.dim)
+
+        def bridge(a, b):
+            return nn.Identity() if a == b else nn.Sequential(layer_norm(a), nn.Linear(a, b, bias=False))
+        if c.mixer_depth:
+            self.mixer_in, self.mixer_caption = bridge(c.dim, c.mixer_dim), bridge(c.dim, c.mixer_dim)
+            self.mixer_out = bridge(c.mixer_dim, c.dim)
+        self.mixer = nn.ModuleList(
+            Block(c, c.mixer_dim, 1, c.mixer_mlp_ratio, self._is_sparse(i) and i > 0) for i in range(c.mixer_depth))
+        ratios = zip(linspace(*c.attn_ratio, c.depth), linspace(*c.mlp_ratio, c.depth))
+        self.blocks = nn.ModuleList(
+            Block(c, c.dim, a, m, self._is_sparse(i) and i < c.depth - 1) for i, (a, m) in enumerate(ratios))
+        self.final = FinalLayer(c.dim, c.patch_size ** 2 * c.latent_channels)
+        self.init_weights()
+
+    def _is_sparse(self, i):
+        return self.config.num_experts > 0 and (i + 1) % self.config.moe_every == 0
+
+    def forward(self, x, c_noise, caption, ids_keep=None, kept_only=False):
+        """x (B,C,H,W) scaled by c_in, c_noise (B,) = ln(sigma)/4, caption (B,L,Dc), ids_keep (B,K) -> (B,C,H,W).
+
+        With ids_keep the other patches come back zero; with kept_only they do not come back: (B, K, p*p*C).
+        """
+        c = self.config
+        if x.shape[1:] != (c.latent_channels, c.latent_size, c.latent_size) or caption.shape[2:] != (c.caption_dim,):
+            raise ValueError(f"latents {tuple(x.shape)} and captions {tuple(caption.shape)} do not fit the network: "
+                             f"(B, {c.latent_channels}, {c.latent_size}, {c.latent_size}) and (B, L, {c.caption_dim})")
+        x = self.patch_embed(x).flatten(2).transpose(1, 2) + self.pos_embed                      # (B, T, D)
+        caption = self.caption_block(self.caption_embed(caption))                                # (B, L, D)
+        noise = self.noise_embed(noise_level_features(c_noise).to(self.noise_embed[0].weight.dtype))
+        cond = gelu_tanh(noise + self.pooled_embed(caption.mean(1)))                             # (B, D), for every adaLN
+
+        if c.mixer_depth:
+            x, mixer_caption = self.mixer_in(x), self.mixer_caption(caption)                     # (B, T, d), (B, L, d)
+            for block in self.mixer:
+                x = block(x, mixer_caption, cond)
+        if ids_keep is not None:
+            x = gather_tokens(x, ids_keep)                                                       # (B, K, d)
+        if c.mixer_depth:
+            x = self.mixer_out(x)
+        for block in self.blocks:
+            x = block(x, caption, cond)
+        x = self.final(x, cond)                                                                  # (B, K, p*p*C)
+
+        if kept_only:
+            return x
+        if ids_keep is not None:
+            x = x.new_zeros(x.shape[0], c.tokens, x.shape[2]).scatter(1, ids_keep.unsqueeze(-1).expand_as(x), x)
+        return unpatchify(x, c.patch_size)
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Xavier-uniform Linears, except where the paper's code uses a normal (0.02), scaled by depth at the outputs."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embed.weight.flatten(1))
+        for mlp in (self.noise_embed, self.caption_embed, self.pooled_embed):
+            for module in mlp.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.normal_(module.weight, std=0.02)
+        self._init_block(self.caption_block, out_std=0.02)
+        for i, block in enumerate(self.blocks):
+            self._init_block(block, out_std=0.02 / math.sqrt(2 * (i + 1)))
+        for block in self.mixer:
+            self._init_block(block, out_std=0.02 / math.sqrt(2 * self.config.depth))
+        # everything starts as the identity: zero gates, zero caption block, zero output
+        for weight in (self.caption_block.attn.proj.weight, self.caption_block.mlp.w3.weight,
+                       self.final.linear.weight, self.final.modulation.weight,
+                       *(block.modulation.weight for block in [*self.mixer, *self.blocks])):
+            nn.init.zeros_(weight)
+
+    @staticmethod
+    def _init_block(block, out_std):
+        for name, weight in block.named_parameters():
+            if weight.ndim < 2 or name.startswith("modulation"):
+                continue
+            dense_value = isinstance(block, Block) and isinstance(block.mlp, SwiGLU) and name == "mlp.w2.weight"
+            is_output = dense_value or name.endswith("proj.weight") or name in ("mlp.w3.weight", "mlp.w2")
+            nn.init.trunc_normal_(weight, std=out_std if is_output else 0.02)
+
+    @classmethod
+    def from_official(cls, state_dict, config):
+        """A network with the weights of a released state dict, in float32; ValueError if the tensors do not fit."""
+        with torch.device("meta"):
+            net = cls(config)
+        wanted = {official_name(n): (n, p) for n, p in net.named_parameters()}
+        given = {n: t for n, t in state_dict.items() if n not in ("pos_embed", "mask_token")}
+        problems = [f"missing {n}" for n in wanted if n not in given] + [f"left over {n}" for n in given if n not in wanted]
+        problems += [f"{n} is {tuple(given[n].shape)}, the config wants {tuple(p.shape)}" for n, (_, p) in wanted.items()
+                     if n in given and given[n].shape != p.shape]
+        if problems:
+            raise ValueError(f"the state dict does not fit the config in {len(problems)} tensors: {'; '.join(problems[:5])}")
+        net.load_state_dict({n: given[o].to(torch.float32, copy=True) for o, (n, _) in wanted.items()}, assign=True)
+        with torch.device("cpu"):
+            net.pos_embed = position_table(config).to(net.final.linear.weight.device)
+        return net
+
+    def to_official(self):
+        """The weights under the released checkpoints' tensor names, with their two constants."""
+        c = self.config
+        state = {official_name(n): p.detach() for n, p in self.named_parameters()}
+        state["pos_embed"] = self.pos_embed.unsqueeze(0)
+        state["mask_token"] = self.pos_embed.new_zeros(1, 1, c.patch_size ** 2 * c.latent_channels)
+        return state
+
+
+OFFICIAL_NAMES = [  # (start of our name, start of the released name), then the parts that differ inside a block
+    ("patch_embed.", "x_embedder.proj."), ("noise_embed.", "t_embedder.mlp."), ("caption_embed.", "y_embedder.y_proj."),
+    ("caption_block.", "y_emb_preprocess."), ("pooled_embed.", "pooled_y_emb_process."), ("mixer_in.", "patch_mixer_map_xin."),
+    ("mixer_out.", "patch_mixer_map_xout."), ("mixer_caption.", "patch_mixer_map_y."), ("mixer.", "patch_mixer."),
+    ("final.norm.", "final_layer.norm_final."), ("final.", "final_layer.")]
+OFFICIAL_PARTS = [(".modulation.", ".adaLN_modulation.1."), (".cross_attn.q.", ".cross_attn.q_linear."),
+                  (".cross_attn.kv.", ".cross_attn.kv_linear."), (".mlp.router.", ".mlp.gate.")]
+
+
+def official_name(name):
+    """The released checkpoints' name of one of our parameters"""
+    for ours, theirs in OFFICIAL_NAMES:
+        if name.startswith(ours):
+            name = theirs + name[len(ours):]
+            break
+    for ours, theirs in OFFICIAL_PARTS:
+        name = name.replace(ours, theirs)
+    return name
+
+
+def linspace(first, last, n):
+    with torch.device("cpu"):
+        return torch.linspace(first, last, n, dtype=torch.float64).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# EDM: preconditioning, loss, samplers
+
+
+def denoise(net, x, sigma, caption, ids_keep=None):
+    """D(x; sigma) = c_skip x + c_out F(c_in x, ln(sigma)/4) (EDM, eq. 7): x (B,C,H,W), sigma (B,) -> (B,C,H,W)
+
+    In x's precision, except inside the network. With ids_keep the other patches mean nothing: their F is zero.
+    """
+    c_skip, c_out, c_in, c_noise = preconditioning(sigma.view(-1, 1, 1, 1).to(x.dtype))
+    dtype = network_dtype(net)
+    out = net((c_in * x).to(dtype), c_noise.flatten().to(dtype), caption.to(dtype), ids_keep=ids_keep)
+    return c_skip * x + c_out * out.to(x.dtype)
+
+
+def preconditioning(sigma):
+    """EDM, table 1: c_skip, c_out, c_in, c_noise, each shaped like sigma"""
+    total = sigma ** 2 + SIGMA_DATA ** 2
+    return SIGMA_DATA ** 2 / total, sigma * SIGMA_DATA / total.sqrt(), total.rsqrt(), sigma.log() / 4
+
+
+def network_dtype(net):
+    parameters = getattr(net, "parameters", None)
+    first = next(iter(parameters()), None) if parameters else None
+    return torch.float32 if first is None else first.dtype
+
+
+def edm_loss(net, latents, caption, sigma, noise, ids_keep=None, reduce=True):
+    """Weighted squared error of D (EDM, eq. 8), in float32: latents, noise (B,C,H,W), sigma (B,) -> scalar.
+
+    The mean over each picture's kept patches, then over pictures; reduce=False gives the B means. noise ~ N(0, 1).
+    """
+    sigma_ = sigma.float().view(-1, 1, 1, 1)
+    c_skip, c_out, c_in, c_noise = preconditioning(sigma_)
+    x = latents.float() + sigma_ * noise.float()
+    masked = {} if ids_keep is None else {"ids_keep": ids_keep, "kept_only": True}
+    out = net(c_in * x, c_noise.flatten(), caption, **masked).float()
+    # (D - latents) / c_out = F - target, and the weight is 1 / c_out^2: so the loss is a plain squared error of F
+    target = (latents.float() - c_skip * x) / c_out
+    if ids_keep is not None:
+        target = gather_tokens(patchify(target, math.isqrt(out.shape[-1] // latents.shape[1])), ids_keep)
+    loss = (out - target).square().flatten(1).mean(1)
+    return loss.mean() if reduce else loss
+
+
+def noise_levels(steps, sigma_max=80.0, sigma_min=0.002, rho=7.0):
+    """EDM, eq. 5: `steps` levels from sigma_max down to sigma_min, then 0, as float64"""
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    sigma = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
+    return torch.cat([sigma, sigma.new_zeros(1)])
+
+
+@torch.no_grad()
+def sample(net, noise, caption, steps=30, guidance_scale=5.0, sampler="heun", sigma_max=80.0, sigma_min=0.002, rho=7.0,
+           negative_caption=None, on_step=None):
+    """Latents (B,C,H,W) from noise ~ N(0, 1) of that shape and captions (B,L,Dc).
+
+    Guidance D_negative + w (D_caption - D_negative) runs both branches in one batch; guidance 1 runs one.
+    negative_caption (B,L,Dc) defaults to zeros, what caption dropout trains. "heun" costs 2*steps-1 evaluations, "dpmpp_2m"
+    `steps`. on_step() is called after each step. The state is float64 where the device has it.
+    """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"unknown sampler {sampler!r}: there are {', '.join(SAMPLERS)}")
+    if steps < 1 or not 0 < sigma_min <= sigma_max:
+        raise ValueError(f"steps {steps}, sigma_min {sigma_min}, sigma_max {sigma_max}: steps must be at least 1 and "
+                         "0 < sigma_min <= sigma_max")
+    if guidance_scale != 1:
+        caption = torch.cat([caption, torch.zeros_like(caption) if negative_caption is None else negative_caption])
+
+    def denoised(x, sigma):
+        if guidance_scale == 1:
+            return denoise(net, x, sigma.to(x).expand(len(x)), caption)
+        both = denoise(net, torch.cat([x, x]), sigma.to(x).expand(2 * len(x)), caption)
+        with_caption, without = both.chunk(2)
+        return without + guidance_scale * (with_caption - without)
+
+    sigmas = noise_levels(steps, sigma_max, sigma_min, rho)
+    x = noise.to(torch.float32 if noise.device.type == "mps" else torch.float64) * sigmas[0].item()
+    return SAMPLERS[sampler](denoised, x, sigmas, on_step or (lambda: None)).float()
+
+
+def heun(denoised, x, sigmas, on_step):
+    """EDM, algorithm 1 without churn: second order, the last step to sigma 0 is Euler's"""
+    for sigma, next_sigma in zip(sigmas[:-1], sigmas[1:]):
+        h = (next_sigma - sigma).item()
+        slope = (x - denoised(x, sigma)) / sigma.item()
+        euler = x + h * slope
+        if next_sigma > 0:
+            slope = (slope + (euler - denoised(euler, next_sigma)) / next_sigma.item()) / 2
+        x = x + h * slope
+        on_step()
+    return x
+
+
+def dpmpp_2m(denoised, x, sigmas, on_step):
+    """DPM-Solver++(2M) (Lu et al. 2022) with lambda = -ln sigma: second order from one evaluation a step"""
+    previous, previous_h = None, None
+    for sigma, next_sigma in zip(sigmas[:-1], sigmas[1:]):
+        d = now = denoised(x, sigma)
+        h = (sigma.log() - next_sigma.log()).item()  # inf in the last step, which then returns the denoised picture
+        if previous is not None and next_sigma > 0:
+            d = now + (now - previous) * (h / (2 * previous_h))
+        x = (next_sigma / sigma).item() * x - math.expm1(-h) * d
+        previous, previous_h = now, h
+        on_step()
+    return x
+
+
+SAMPLERS = {"heun": heun, "dpmpp_2m": dpmpp_2m}

@@ -1,0 +1,106 @@
+"""The network, the loss and the sampler against tensors that the released implementation computed, and its tensor names."""
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import model
+from model import MicroDiT, MicroDiTConfig
+
+DATA = Path(__file__).parent / "data"
+MANIFESTS = json.loads((DATA / "state_dict_shapes.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def reference():
+    with safe_open(DATA / "narrow_mixer.safetensors", "pt") as f:
+        tensors, given = {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["config"])
+    config = MicroDiTConfig(
+        latent_size=given["input_size"], latent_channels=given["in_channels"], patch_size=given["patch_size"],
+        dim=given["dim"], depth=given["depth"], head_dim=given["head_dim"], mlp_multiple=given["multiple_of"],
+        caption_dim=given["caption_channels"], pos_scale=given["pos_interp_scale"],
+        attn_ratio=(given["qkv_multipliers"][0], given["qkv_multipliers"][-1]),
+        mlp_ratio=(given["ffn_multipliers"][0], given["ffn_multipliers"][-1]),
+        mixer_depth=given["patch_mixer_depth"], mixer_dim=given["patch_mixer_dim"],
+        mixer_mlp_ratio=given["patch_mixer_mlp_ratio"], num_experts=given["num_experts"],
+        expert_capacity=given["expert_capacity"], moe_every=given["experts_every_n"])
+    state = {k[len("state."):]: t for k, t in tensors.items() if k.startswith("state.")}
+    tensors["in.caption"] = tensors["in.caption"].squeeze(1)
+    return MicroDiT.from_official(state, config).eval(), tensors, state
+
+
+def relative(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def ids_keep(t):
+    return model.kept_patches(t["in.mask_noise"], 0.75)
+
+
+@torch.no_grad()
+def test_network_outputs(reference):
+    net, t, _ = reference
+    x, c_noise, caption = t["in.x"], t["in.c_noise"], t["in.caption"]
+    plain = net(x, c_noise, caption)
+    assert relative(plain, t["out.unmasked"]) < 1e-5
+    uncond = net(x, c_noise, torch.zeros_like(caption))
+    assert relative(uncond + 3 * (plain - uncond), t["out.cfg3"]) < 1e-5
+    ids = ids_keep(t)
+    assert relative(net(x, c_noise, caption, ids_keep=ids), t["out.masked"]) < 1e-5
+    removed = torch.ones_like(t["out.mask"]).scatter(1, ids, 0)
+    assert torch.equal(removed, t["out.mask"])
+
+
+@torch.no_grad()
+def test_denoised_and_losses(reference):
+    net, t, _ = reference
+    noisy = t["in.x"] + t["in.noise"] * t["in.sigma"].view(-1, 1, 1, 1)
+    assert relative(model.denoise(net, noisy, t["in.sigma"].flatten(), t["in.caption"]), t["out.denoised"]) < 1e-5
+    args = net, t["in.x"], t["in.caption"], t["in.sigma"].flatten(), t["in.noise"]
+    assert relative(model.edm_loss(*args), t["out.loss_unmasked"]) < 1e-5
+    assert relative(model.edm_loss(*args, ids_keep=ids_keep(t)), t["out.loss_masked"]) < 1e-5
+
+
+@pytest.mark.parametrize("guidance", ["1", "2.5"])
+def test_heun(reference, guidance):
+    net, t, _ = reference
+    out = model.sample(net, t["in.latent_start"], t["in.caption"], steps=6, guidance_scale=float(guidance))
+    assert relative(out, t[f"out.heun_6_cfg{guidance}"].float()) < 5e-5
+
+
+def test_official_round_trip(reference):
+    net, _, state = reference
+    written = net.to_official()
+    assert written.keys() == state.keys()
+    for name, tensor in state.items():
+        assert torch.allclose(written[name], tensor, atol=1e-6) if name == "pos_embed" else torch.equal(written[name], tensor)
+
+
+SHAPES_CONFIG = {
+    "MicroDiT_XL_2 4ch 256px": MicroDiTConfig(),
+    "MicroDiT_XL_2 16ch 512px": MicroDiTConfig(latent_channels=16, latent_size=64, pos_scale=2.0),
+    "MicroDiT_XL_2 4ch 512px": MicroDiTConfig(latent_size=64, pos_scale=2.0),
+    "MicroDiT_Tiny_2 4ch 256px": MicroDiTConfig(dim=512, depth=16, head_dim=32, mixer_depth=4, mixer_dim=512),
+}
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_released_manifests(name):
+    manifest = MANIFESTS[name]
+    state = {k: torch.empty(shape, device="meta") for k, shape in manifest["state_dict"].items()}
+    net = MicroDiT.from_official(state, SHAPES_CONFIG[name])
+    assert sum(p.numel() for p in net.parameters()) == manifest["parameters"]
+    if name == "MicroDiT_XL_2 4ch 256px":
+        assert manifest["parameters"] == 1_165_442_320
+    assert {k: list(v.shape) for k, v in net.to_official().items()} == manifest["state_dict"]
+
+
+def test_from_official_names_what_does_not_fit(reference):
+    net, _, state = reference
+    broken = {k: v for k, v in state.items() if k != "blocks.0.norm1.weight"} | {"extra": torch.zeros(1)}
+    with pytest.raises(ValueError, match="missing blocks.0.norm1.weight.*left over extra"):
+        MicroDiT.from_official(broken, net.config)
+    with pytest.raises(ValueError, match="x_embedder.proj.bias is \\(3,\\)"):
+        MicroDiT.from_official(state | {"x_embedder.proj.bias": torch.zeros(3)}, net.config)
