@@ -1,0 +1,150 @@
+"""
+Settings of a script: its own defaults < a config file < the command line.
+
+    python train.py config/tiny.py --batch_size=32 --compile --out runs/mine
+
+A script keeps its settings as plain module-level assignments, each with a comment, and then calls configure(globals()).
+A config file is a Python file of such assignments. An unknown name or a value of another type ends the script with one
+message, before anything heavy is imported or anything is written; --help prints every setting with default and comment.
+"""
+import ast
+import difflib
+import io
+import sys
+import tokenize
+from pathlib import Path
+
+
+def configure(module):
+    """Overwrite the settings in `module`, a script's globals(), from sys.argv; returns them all as a dict."""
+    script = Path(module["__file__"])
+    source = script.read_text(encoding="utf-8")
+    defaults = {name: module[name] for name in setting_names(source)}
+    if any(arg in ("--help", "-h") for arg in sys.argv[1:]):
+        print_help(module.get("__doc__"), source, defaults)
+        raise SystemExit(0)
+    try:
+        config_file, overrides = parse_command_line(sys.argv[1:], defaults)
+        settings = dict(defaults)
+        if config_file:
+            settings |= read_config(config_file, defaults)
+        settings |= overrides
+    except ValueError as error:
+        raise SystemExit(f"{script.name}: {error}") from None
+    module.update(settings)
+    return settings
+
+
+def setting_names(source):
+    """Names assigned at module level before the call of configure()"""
+    names = []
+    for node in ast.parse(source).body:
+        if "configure(" in (ast.get_source_segment(source, node) or "") and not isinstance(node, ast.FunctionDef):
+            break
+        if isinstance(node, ast.Assign):
+            names += [t.id for t in node.targets if isinstance(t, ast.Name) and not t.id.startswith("_")]
+    return names
+
+
+def setting_comments(source):
+    """{name: comment}: the trailing comment of an assignment and the lines of comment right below it, further right"""
+    comments, current = {}, None
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.NAME and token.start[1] == 0:
+            current = token.string
+        elif token.type == tokenize.COMMENT and current and token.start[1] > 0:
+            comments[current] = f"{comments.get(current, '')} {token.string.lstrip('# ')}".strip()
+    return comments
+
+
+def print_help(doc, source, defaults):
+    print((doc or "").strip(), "\n\nSettings (--name=value or --name value; a first argument without dashes is a config file):\n")
+    comments = setting_comments(source)
+    width = max(len(name) for name in defaults) + 2
+    for name, value in defaults.items():
+        print(f"  --{name:{width}}{value!r:<24}  {comments.get(name, '')}")
+
+
+def unknown(name, defaults):
+    near = difflib.get_close_matches(name, defaults, n=1, cutoff=0)
+    return f"unknown setting '{name}': the nearest is '{near[0]}' (--help lists them all)"
+
+
+def parse_command_line(args, defaults):
+    """(config file or None, {name: value})"""
+    config_file, overrides, i = None, {}, 0
+    while i < len(args):
+        arg, i = args[i], i + 1
+        if not arg.startswith("--"):
+            if config_file or overrides:
+                raise ValueError(f"do not know what to do with '{arg}': settings are given as --name=value, and one config "
+                                 "file comes first")
+            config_file = arg
+            continue
+        name, equals, text = arg[2:].partition("=")
+        if name not in defaults:
+            raise ValueError(unknown(name, defaults))
+        texts = [text] if equals else []
+        if not equals:  # the values that follow: several for a list, at most one otherwise
+            many = isinstance(defaults[name], (tuple, list))
+            while i < len(args) and not args[i].startswith("--") and (many or not texts):
+                texts.append(args[i])
+                i += 1
+        overrides[name] = from_text(name, texts, defaults[name])
+    return config_file, overrides
+
+
+def from_text(name, texts, default):
+    """A value of the default's type from the words of the command line"""
+    if isinstance(default, (tuple, list)):
+        example = default[0] if default else ""
+        texts = [] if texts == [""] else texts
+        return tuple(from_text(name, [t], example) for t in texts)
+    if isinstance(default, bool):
+        text = texts[0].lower() if texts else "true"
+        if text in ("true", "1", "yes", "on", "false", "0", "no", "off"):
+            return text in ("true", "1", "yes", "on")
+    elif not texts:
+        raise ValueError(f"--{name} needs a value ({type(default).__name__}, default {default!r})")
+    else:
+        try:
+            return type(default)(texts[0])
+        except ValueError:
+            pass
+    raise ValueError(f"--{name} is {texts[0]!r}: it must be {type_name(default)} like {default!r}")
+
+
+def type_name(value):
+    return {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}.get(type(value), "a list")
+
+
+def read_config(path, defaults):
+    """The settings of a config file; ValueError names the file, and the nearest setting to one that does not exist."""
+    if not Path(path).is_file():
+        there = ", ".join(sorted(str(p) for p in Path("config").glob("*.py"))) or "none in config/"
+        raise ValueError(f"no config file {path} (there are: {there})")
+    found = {"__file__": str(path)}
+    try:
+        exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), found)
+    except Exception as error:
+        line = getattr(error, "lineno", None) or (error.__traceback__.tb_next.tb_lineno if error.__traceback__.tb_next else "?")
+        raise ValueError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
+    settings = {}
+    for name, value in found.items():
+        if name.startswith("_") or isinstance(value, type(ast)):  # modules that the file imported
+            continue
+        if name not in defaults:
+            raise ValueError(f"{path}: {unknown(name, defaults)}")
+        settings[name] = checked(path, name, value, defaults[name])
+    return settings
+
+
+def checked(path, name, value, default):
+    """value, if it is of the default's type (a whole number will do for a float, a tuple for a list)"""
+    if isinstance(default, (tuple, list)) and isinstance(value, (tuple, list)):
+        return tuple(checked(path, name, v, default[0] if default else "") for v in value)
+    if isinstance(default, float) and type(value) is int:
+        return float(value)
+    if type(value) is not type(default):
+        raise ValueError(f"{path}: {name} is {value!r}: it must be {type_name(default)} like {default!r}")
+    return value

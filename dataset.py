@@ -1,0 +1,134 @@
+"""
+The prepared folder: dataset.json describes it, each shard is a few files with one row per picture.
+
+    dataset.json           format, source, vae, text_encoder, resolutions, rows, shards, words
+    00000.latents32.npy    (rows, C, h, w) float16, the scaled latents of the 32 px pictures; one file per resolution
+    00000.captions.npy     (rows, L, D) float16
+    00000.rows.jsonl       {"caption", "source", "width", "height"} of each row
+    skipped.jsonl          {"source", "reason"} of the pictures that could not be used
+
+dataset.json names only finished shards, so a folder is readable at any moment.
+"""
+import errno
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+FORMAT = "nanomicrodit-dataset-1"
+
+
+def write_atomic(path, write):
+    """write(file) into a temporary file beside `path`, then rename it: the file is there whole or not at all."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error):  # safetensors' words
+            raise DiskFull(f"disk full while writing {path}: nothing that was there before is lost. Free some space and "
+                           "run the same command again, it goes on from there") from None
+        raise
+
+
+class DiskFull(OSError):
+    pass
+
+
+def write_json(path, value):
+    write_atomic(path, lambda file: file.write(json.dumps(value, indent=1, ensure_ascii=False).encode()))
+
+
+def write_shard(folder, name, latents, captions, rows):
+    """Write one shard: latents {resolution: (n,C,h,w)}, captions (n,L,D), rows a list of n dicts."""
+    arrays = {f"{name}.latents{r}.npy": a for r, a in latents.items()} | {f"{name}.captions.npy": captions}
+    for file_name, array in arrays.items():
+        array = np.ascontiguousarray(array, np.float16)
+
+        def write(file):  # not np.save: its error on a full disk does not say so
+            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+            file.write(array.data)
+        write_atomic(Path(folder) / file_name, write)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomic(Path(folder) / f"{name}.rows.jsonl", lambda file: file.write(text.encode()))
+
+
+def read_info(folder):
+    """dataset.json as a dict; ValueError if the folder is not a finished data set."""
+    path = Path(folder) / "dataset.json"
+    if not path.is_file():
+        raise ValueError(f"no prepared data in {folder} (no dataset.json there): make it with "
+                         f"`python prepare_latents.py --out {folder}`")
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not readable JSON ({error}): prepare the folder again") from None
+    if info.get("format") != FORMAT:
+        raise ValueError(f"{path} has format {info.get('format')!r}, this version reads {FORMAT!r}: prepare it again")
+    return info
+
+
+def check_same_encoders(info, folder, other, other_name):
+    """ValueError if `folder` was prepared with another autoencoder or text encoder than `other`, a dict of the same keys"""
+    for key in ("vae", "text_encoder"):
+        if info[key] != other[key]:
+            raise ValueError(f"{folder} was prepared with {key} {info[key]}, but {other_name} with {other[key]}: use the same")
+
+
+class Dataset:
+    """The rows of a prepared folder at one latent size, read from disk as they are asked for."""
+
+    def __init__(self, folder, latent_size):
+        self.folder, self.info = Path(folder), read_info(folder)
+        if not self.info["complete"]:
+            raise ValueError(f"{folder} is only partly prepared: run its prepare_latents.py command again, it goes on from there")
+        vae, text = self.info["vae"], self.info["text_encoder"]
+        sizes = {r // vae["downsample"]: r for r in self.info["resolutions"]}
+        if latent_size not in sizes:
+            there = ", ".join(f"{s} ({r} px)" for s, r in sizes.items())
+            raise ValueError(f"{folder} has latents of size {there}, not {latent_size}: set latent_size, or prepare it with "
+                             f"--resolutions {latent_size * vae['downsample']}")
+        latent_shape = (vae["latent_channels"], latent_size, latent_size)
+        self.latents, self.captions = [], []
+        for shard in self.info["shards"]:
+            name, n = shard["name"], shard["rows"]
+            self.latents.append(self._open(f"{name}.latents{sizes[latent_size]}.npy", (n, *latent_shape)))
+            self.captions.append(self._open(f"{name}.captions.npy", (n, text["length"], text["dim"])))
+        self.starts = np.cumsum([0] + [shard["rows"] for shard in self.info["shards"]])
+
+    def _open(self, name, shape):
+        path = self.folder / name
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} is missing or cut short ({error}): prepare the folder again with --overwrite") from None
+        if array.shape != shape or array.dtype != np.float16:
+            raise ValueError(f"{path} holds {array.dtype} {array.shape}, dataset.json says float16 {shape}: prepare the folder "
+                             "again with --overwrite")
+        return array
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    def rows(self, ids):
+        """latents (n,C,h,w) and captions (n,L,D) of these rows, float16"""
+        shards = np.searchsorted(self.starts, ids, side="right") - 1
+        local = np.asarray(ids) - self.starts[shards]
+        return (np.stack([self.latents[s][i] for s, i in zip(shards, local)]),
+                np.stack([self.captions[s][i] for s, i in zip(shards, local)]))
+
+    def texts(self, ids):
+        """The caption texts of these rows"""
+        wanted, found = sorted(set(map(int, ids))), {}
+        for s, shard in enumerate(self.info["shards"]):
+            local = {i - int(self.starts[s]) for i in wanted if self.starts[s] <= i < self.starts[s + 1]}
+            if local:
+                with open(self.folder / f"{shard['name']}.rows.jsonl", encoding="utf-8") as file:
+                    found |= {int(self.starts[s]) + n: json.loads(line)["caption"] for n, line in enumerate(file) if n in local}
+        return [found[int(i)] for i in ids]

@@ -1,0 +1,83 @@
+"""
+The frozen ends of the model: an autoencoder between pictures and latents, a text encoder from captions to embeddings.
+
+"pixels" and "words" stand in for the published ones: nothing to download, the same on every machine, and no weights.
+"""
+import hashlib
+import re
+
+import torch
+import torch.nn.functional as F
+
+
+def load_vae(name, device="cpu", dtype=None, scaling_factor=None):
+    """The autoencoder `name`: "pixels". ValueError if there is no such autoencoder."""
+    if name == "pixels":
+        return Pixels(scaling_factor)
+    raise ValueError(f"unknown autoencoder '{name}': there is 'pixels'")
+
+
+def load_text_encoder(name, device="cpu"):
+    """The text encoder `name`: "words". A list of captions -> (B,L,D) float. ValueError if there is no such encoder."""
+    if name == "words":
+        return Words(device)
+    raise ValueError(f"unknown text encoder '{name}': there is 'words'")
+
+
+class Pixels:
+    """Lossless stand-in for an autoencoder: 2x2 pixels become 12 channels (space to depth).
+
+    Images (B,3,H,W) in [-1, 1], H and W even; latents (B,12,H/2,W/2).
+    """
+    latent_channels = 12
+    downsample = 2
+
+    def __init__(self, scaling_factor=None):
+        # the drawn set has a standard deviation of 0.66: this brings it to sigma_data
+        self.scaling_factor = scaling_factor or 1.36
+
+    def posterior(self, images):
+        """Mean and log-variance of the unscaled latents; the variance is (almost) zero, as nothing is lost."""
+        mean = F.pixel_unshuffle(images, self.downsample)
+        return mean, torch.full_like(mean, -30.0)
+
+    def encode(self, images, generator=None):
+        """Scaled latents. A draw from so narrow a posterior is its mean, so the generator is not used."""
+        return self.posterior(images)[0] * self.scaling_factor
+
+    def decode(self, latents):
+        return F.pixel_shuffle(latents / self.scaling_factor, self.downsample)
+
+
+class Words:
+    """Stand-in for a text encoder: (B, 16, 128), for each word a fixed vector plus its position's, zeros after the end.
+
+    The position must be in the embedding because the network's caption block has none of its own. Unit variance.
+    """
+    length = 16
+    dim = 128
+
+    def __init__(self, device="cpu"):
+        self.device = device
+        self.vectors = {}
+        # no word can contain a space, so no word shares its vector with a position
+        self.positions = [self.vector(f"position {i}") for i in range(self.length)]
+
+    def __call__(self, captions):
+        out = torch.zeros(len(captions), self.length, self.dim)
+        for row, caption in zip(out, captions):
+            for i, word in enumerate(words_of(caption)[:self.length]):
+                row[i] = (self.vector(word) + self.positions[i]) * 0.5 ** 0.5
+        return out.to(self.device)
+
+    def vector(self, text):
+        """Uniform numbers of unit variance from a hash of the text alone"""
+        if text not in self.vectors:
+            digest = hashlib.shake_256(text.encode()).digest(self.dim)
+            self.vectors[text] = (torch.tensor(list(digest), dtype=torch.float32) - 127.5) / 73.9
+        return self.vectors[text]
+
+
+def words_of(caption):
+    """The lower-case words of a caption, without punctuation"""
+    return re.findall(r"[^\W_]+", caption.lower())

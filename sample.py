@@ -1,0 +1,179 @@
+"""
+Checkpoint + text -> pictures.
+
+    python sample.py --prompt "a small red circle on a white background" "a large blue ring on a black background"
+    python sample.py --prompts_file prompts.txt --checkpoint runs/tiny --steps 20 --sampler dpmpp_2m
+    python sample.py --prompt "..." --checkpoint runs/a runs/b          # one row of the grid for each
+
+From Python: model = sample.load("runs/tiny"); pictures = sample.generate(model, ["a small red circle ..."]).
+"""
+from configurator import configure
+
+prompt = ()                   # one or more texts
+prompts_file = ""             # more of them, one a line
+negative_prompt = ()          # what the pictures should not show: one text for all prompts, or one for each
+checkpoint = ()               # checkpoint files or run folders; empty: the newest run
+images_per_prompt = 1         # pictures of each prompt
+out = "samples"               # folder of the pictures; nothing there is overwritten
+steps = 30                    # sampler steps
+guidance_scale = 5.0          # how strongly the prompt is followed; 1: no guidance, half the work
+sampler = "heun"              # heun (2 steps - 1 evaluations of the network) or dpmpp_2m (steps evaluations)
+sigma_max = 80.0              # noise level at which sampling starts
+seed = 2024                   # picture i starts from noise that depends on seed + i alone
+batch_size = 16               # pictures drawn at once
+ema = True                    # use the averaged weights, where the run has them
+vae = ""                      # autoencoder; empty: the one that the checkpoint was trained with
+text_encoder = ""             # text encoder; empty: likewise
+device = "auto"               # cuda, mps or cpu; auto: the best there is
+
+if __name__ == "__main__":
+    settings = configure(globals())
+
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
+
+import checkpoint as checkpoints
+from encoders import load_text_encoder, load_vae, words_of
+from model import sample as draw_latents
+
+
+def pick_device(name):
+    """torch.device of "cuda", "mps", "cpu" or "auto", the best there is"""
+    if name in (None, "auto"):
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return torch.device(name)
+
+
+def load(path, device=None, ema=True, vae="", text_encoder=""):
+    """The network of a checkpoint (file or run folder), with its frozen ends as .vae and .text_encoder, ready to sample."""
+    path = checkpoints.find(path)
+    model, run = checkpoints.load_network(path, ema)
+    data, device = run["data"], pick_device(device)
+    if vae and vae != data["vae"]["name"]:
+        model.vae = load_vae(vae, device)
+    else:
+        model.vae = load_vae(data["vae"]["name"], device, scaling_factor=data["vae"]["scaling_factor"])
+    model.text_encoder = load_text_encoder(text_encoder or data["text_encoder"]["name"], device)
+    for end, have, want in (("vae", model.vae.latent_channels, model.config.latent_channels),
+                            ("text_encoder", model.text_encoder.dim, model.config.caption_dim)):
+        if have != want:
+            raise ValueError(f"the {end} gives {have} channels, the network of {path} was trained with {want}: leave --{end} out")
+    model.name, model.words = f"{path.parent.name}/{path.stem}", data.get("words", [])
+    return model.to(device).eval().requires_grad_(False)
+
+
+def generate(model, prompts, steps=30, guidance_scale=5.0, seed=2024, sampler="heun", negative_prompts=None, sigma_max=80.0,
+             batch_size=16, progress=False):
+    """One PIL image per prompt. Picture i starts from noise that depends on seed + i alone, whatever the batch size.
+
+    seed may be a list, one for each picture. negative_prompts: one for each prompt, or one for all.
+    """
+    prompts = list(prompts)
+    seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed + i for i in range(len(prompts))]
+    negative = [negative_prompts] if isinstance(negative_prompts, str) else list(negative_prompts or [])
+    negative = negative * len(prompts) if len(negative) == 1 else negative
+    for i, text in enumerate(prompts + negative):
+        if not text.strip():
+            raise ValueError(f"{'prompt' if i < len(prompts) else 'negative prompt'} {i % len(prompts) + 1} is empty: describe a picture")
+    if len(negative) not in (0, len(prompts)) or len(seeds) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts, {len(negative)} negative prompts, {len(seeds)} seeds: give one for each prompt")
+    c, device = model.config, next(model.parameters()).device
+    shape = (c.latent_channels, c.latent_size, c.latent_size)
+    images = []
+    with tqdm(total=len(prompts) * steps, unit=" picture steps", disable=not progress) as bar:
+        for i in range(0, len(prompts), batch_size):
+            part = slice(i, i + batch_size)
+            noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds[part]])
+            latents = draw_latents(
+                model, noise.to(device), model.text_encoder(prompts[part]), steps, guidance_scale, sampler, sigma_max,
+                negative_caption=model.text_encoder(negative[part]) if negative else None,
+                on_step=lambda: bar.update(len(noise)))
+            images += decode_images(model.vae, latents)
+    return images
+
+
+def decode_images(vae, latents):
+    """Latents (B,C,H,W) -> list of PIL images"""
+    pixels = (vae.decode(latents).float() / 2 + 0.5).clamp(0, 1) * 255
+    return [Image.fromarray(p) for p in pixels.round().byte().permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def picture_grid(images, columns, cell=128):
+    """The pictures row by row on white, small ones enlarged to at least `cell` pixels without smoothing"""
+    scale = max(1, round(cell / images[0].width))
+    w, h, gap = images[0].width * scale, images[0].height * scale, 4
+    grid = Image.new("RGB", (columns * (w + gap) + gap, math.ceil(len(images) / columns) * (h + gap) + gap), "white")
+    for i, image in enumerate(images):
+        grid.paste(image.resize((w, h), Image.Resampling.NEAREST), (gap + i % columns * (w + gap), gap + i // columns * (h + gap)))
+    return grid
+
+
+def all_prompts():
+    texts = list(prompt)
+    if prompts_file:
+        if not Path(prompts_file).is_file():
+            raise ValueError(f"no prompts file {prompts_file}")
+        texts += [line.strip() for line in Path(prompts_file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not texts:
+        raise ValueError("no prompt: give --prompt \"...\" or --prompts_file")
+    if len(negative_prompt) not in (0, 1, len(texts)):
+        raise ValueError(f"{len(negative_prompt)} negative prompts for {len(texts)} prompts: give one for all, or one for each")
+    repeat = [t for t in texts for _ in range(images_per_prompt)]
+    negative = negative_prompt * len(texts) if len(negative_prompt) == 1 else negative_prompt
+    return repeat, [t for t in negative for _ in range(images_per_prompt)]
+
+
+def warn_unknown_words(model, texts):
+    """The stand-in encoder gives any word a vector, but only those of the training captions mean something to the network."""
+    if not hasattr(model.text_encoder, "vectors"):
+        return
+    new = sorted({w for text in texts for w in words_of(text)} - set(model.words))
+    if new:
+        print(f"warning: {model.name} was never shown the word{'s' * (len(new) > 1)} {', '.join(new)}. It knows: "
+              f"{', '.join(model.words[:100])}{', ...' * (len(model.words) > 100)}", file=sys.stderr)
+
+
+def main():
+    for name, least in (("images_per_prompt", 1), ("steps", 1), ("batch_size", 1)):
+        if globals()[name] < least:
+            raise ValueError(f"{name} is {globals()[name]}: it must be at least {least}")
+    texts, negative = all_prompts()
+    models = [load(path, device, ema, vae, text_encoder) for path in checkpoint or ("",)]
+    folder = Path(out)
+    pictures = []
+    for model in models:
+        warn_unknown_words(model, texts + negative)
+        pictures.append(generate(model, texts, steps, guidance_scale, seed, sampler, negative, sigma_max, batch_size, progress=True))
+    folder.mkdir(parents=True, exist_ok=True)
+    taken = [int(m.group()) for p in folder.glob("*.png") if (m := re.match(r"\d+", p.name))]
+    number = max(taken, default=-1) + 1
+    for model, images in zip(models, pictures):
+        for i, image in enumerate(images):
+            info = PngInfo()
+            used = {"prompt": texts[i], "negative_prompt": negative[i] if negative else "", "seed": seed + i, "steps": steps,
+                    "guidance_scale": guidance_scale, "sampler": sampler, "sigma_max": sigma_max, "checkpoint": model.name}
+            info.add_itxt("prompt", texts[i])
+            info.add_itxt("seed", str(seed + i))
+            info.add_itxt("settings", json.dumps(used))
+            slug = re.sub(r"\W+", "-", texts[i].lower())[:60].strip("-")
+            image.save(folder / f"{number:05d}_{slug}_seed{seed + i}.png", pnginfo=info)
+            number += 1
+    columns = len(texts) if len(models) > 1 else math.ceil(len(texts) ** 0.5)
+    grid = folder / f"{number:05d}_grid.png"
+    picture_grid([image for images in pictures for image in images], columns).save(grid)
+    print(f"{len(texts) * len(models)} pictures in {folder}/, all together in {grid}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"sample.py: {error}") from None

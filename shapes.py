@@ -1,0 +1,256 @@
+"""
+The built-in captioned picture set: coloured shapes on coloured backgrounds, drawn, so nothing is downloaded; and a reader
+that names what a picture shows, so that a network trained on the set can be scored without another network.
+
+    image, caption, attributes = shapes.scene(seed)        # "a small red circle left of a large blue square on a ..."
+    shapes.read(image) == attributes                        # True
+
+Attributes are {"background": colour, "objects": [{"size", "color", "shape"}, ...], "relation": "left of" | "above" | None}.
+A picture shows two objects but not which one its caption named first. So the attributes always name the left or upper
+object first, and "right of" and "below" exist in captions alone.
+"""
+import random
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image
+
+COLORS = {"red": (225, 30, 35), "orange": (255, 140, 0), "yellow": (250, 225, 40), "green": (30, 150, 60),
+          "cyan": (60, 205, 225), "blue": (35, 75, 215), "purple": (130, 40, 165), "pink": (255, 130, 190)}
+BACKGROUNDS = {"white": (255, 255, 255), "black": (10, 10, 10), "gray": (128, 128, 128), "brown": (105, 65, 35),
+               "blue": COLORS["blue"], "green": COLORS["green"]}
+SIZES = {"small": 0.13, "large": 0.2}  # half the extent, as a fraction of the picture's side
+SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+# Pairs never drawn unless asked for (12.5 %): can the network compose what it only saw apart?
+HELD_OUT = (("red", "triangle"), ("orange", "diamond"), ("yellow", "circle"), ("green", "cross"), ("blue", "ring"),
+            ("purple", "square"))
+PAIRS = tuple((color, shape) for color in COLORS for shape in SHAPES if (color, shape) not in HELD_OUT)
+MARGIN, GAP = 0.03, 0.06  # objects keep this far from the border, and from each other
+SUPERSAMPLE = 8     # antialiasing: points per pixel and axis
+
+
+def scene(seed, held_out=False, size=32):
+    """(PIL image of size x size, caption, attributes), the same for the same seed; held_out: every object a HELD_OUT pair."""
+    # Random.random() is the one method whose sequence Python promises to keep across versions
+    rng = random.Random(seed)
+    objects = [draw_object(rng, held_out)]
+    relation = None
+    if rng.random() < 0.4:
+        relation = pick(rng, tuple(RELATIONS))
+        while (second := draw_object(rng, held_out))["color"] == objects[0]["color"]:
+            pass
+        objects.append(second)
+    background = pick(rng, [b for b in BACKGROUNDS if b not in {o["color"] for o in objects}])
+    centers = place(rng, [SIZES[o["size"]] for o in objects], relation)
+
+    names = [f"a {o['size']} {o['color']} {o['shape']}" for o in objects]
+    caption = f" {relation} ".join(names) + f" on a {background} background"
+    image = render(background, objects, centers, size)
+    if relation in ("right of", "below"):  # the same picture, told from the other object
+        objects, relation = objects[::-1], {"right of": "left of", "below": "above"}[relation]
+    return image, caption, {"background": background, "objects": objects, "relation": relation}
+
+
+def pick(rng, options):
+    return options[int(rng.random() * len(options))]
+
+
+def draw_object(rng, held_out):
+    color, shape = pick(rng, HELD_OUT if held_out else PAIRS)
+    return {"size": pick(rng, tuple(SIZES)), "color": color, "shape": shape}
+
+
+def place(rng, radii, relation):
+    """Centres in [0, 1]^2, uniform over the places where the objects fit and, with two of them, the relation is plain."""
+    while True:
+        centers = [tuple(r + MARGIN + rng.random() * (1 - 2 * (r + MARGIN)) for _ in "xy") for r in radii]
+        if relation is None:
+            return centers
+        dx, dy = (a - b for a, b in zip(*centers))
+        along, across = (dx, dy) if RELATIONS[relation][0] else (dy, dx)
+        along *= sum(RELATIONS[relation])
+        if along >= sum(radii) + GAP and along >= abs(across) + GAP:
+            return centers
+
+
+def inside(shape, u, v):
+    """Where the shape is, for coordinates in which it spans [-1, 1] (v points down)"""
+    if shape == "circle":
+        return u * u + v * v <= 1
+    if shape == "square":
+        return np.maximum(abs(u), abs(v)) <= 0.9
+    if shape == "triangle":
+        return (v <= 0.9) & (abs(u) <= (v + 1) / 1.9)
+    if shape == "diamond":
+        return abs(u) + abs(v) <= 1
+    if shape == "cross":
+        return (np.minimum(abs(u), abs(v)) <= 0.3) & (np.maximum(abs(u), abs(v)) <= 1)
+    return (u * u + v * v <= 1) & (u * u + v * v >= 0.3)  # ring
+
+
+def coverage(shape, radius, center, size):
+    """How much of each pixel the shape covers, (size, size) in [0, 1]; radius and center in pixels"""
+    axis = (np.arange(size * SUPERSAMPLE) + 0.5) / SUPERSAMPLE
+    u, v = (axis - center[0])[None, :] / radius, (axis - center[1])[:, None] / radius
+    hit = inside(shape, u, v).reshape(size, SUPERSAMPLE, size, SUPERSAMPLE)
+    return hit.mean((1, 3))
+
+
+def render(background, objects, centers, size):
+    picture = np.broadcast_to(np.array(BACKGROUNDS[background], float), (size, size, 3))
+    for o, (x, y) in zip(objects, centers):
+        alpha = coverage(o["shape"], SIZES[o["size"]] * size, (x * size, y * size), size)[..., None]
+        picture = picture * (1 - alpha) + alpha * np.array(COLORS[o["color"]], float)
+    return Image.fromarray(picture.round().astype(np.uint8))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading a picture
+
+
+def read(image):
+    """The attributes of a picture, or None where it does not clearly show one or two objects of the set."""
+    pixels = np.asarray(image.convert("RGB"), float)
+    size = len(pixels)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    background = nearest(np.median(border, 0), BACKGROUNDS)
+    if background is None:
+        return None
+    back = np.array(BACKGROUNDS[background], float)
+    foreground = np.linalg.norm(pixels - back, axis=-1) > 60
+    regions = [r for r in connected(foreground) if r.sum() >= 0.008 * size * size]  # smaller ones are specks
+    if not 1 <= len(regions) <= 2:
+        return None
+    found = [read_object(pixels, back, region) for region in regions]
+    if None in found:
+        return None
+    objects, relation = [o for o, _ in found], None
+    if len(found) == 2:
+        dx, dy = found[1][1] - found[0][1]
+        relation = "left of" if abs(dx) > abs(dy) else "above"
+        if (dx if relation == "left of" else dy) < 0:
+            objects.reverse()
+    return {"background": background, "objects": objects, "relation": relation}
+
+
+def nearest(color, palette, limit=70):
+    """The palette's nearest colour, None if that is further than `limit` in RGB"""
+    distance = {name: np.linalg.norm(color - np.array(rgb, float)) for name, rgb in palette.items()}
+    name = min(distance, key=distance.get)
+    return name if distance[name] <= limit else None
+
+
+def connected(mask):
+    """The 4-connected regions of a boolean picture"""
+    left, regions = set(zip(*np.nonzero(mask))), []
+    while left:
+        stack, region = [left.pop()], np.zeros_like(mask)
+        while stack:
+            y, x = stack.pop()
+            region[y, x] = True
+            for near in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
+                if near in left:
+                    left.remove(near)
+                    stack.append(near)
+        regions.append(region)
+    return regions
+
+
+def read_object(pixels, back, region):
+    """({"size", "color", "shape"}, centre) of one region: the colour of its inside, then the best fitting template"""
+    size = len(pixels)
+    distance = np.where(region, np.linalg.norm(pixels - back, axis=-1), 0)
+    core = distance >= 0.8 * np.percentile(distance[region], 90)  # antialiased edges lie nearer to the background
+    mean = np.median(pixels[core], 0)
+    color = nearest(mean, COLORS)
+    if color is None:
+        return None
+    near = region.copy()  # the region and the pixels that touch it, which may be covered a little
+    near[1:] |= region[:-1]
+    near[:-1] |= region[1:]
+    near[:, 1:] |= near[:, :-1].copy()
+    near[:, :-1] |= near[:, 1:].copy()
+    axis = mean - back
+    alpha = np.where(near, np.clip((pixels - back) @ axis / (axis @ axis), 0, 1), 0)  # how much of a pixel is covered
+    ys, xs = np.nonzero(alpha > 0.5)
+    if not len(ys):
+        return None
+    middle = np.array([xs.min() + xs.max() + 1, ys.min() + ys.max() + 1]) / 2
+    errors = {}
+    for name, radius in SIZES.items():
+        for shape in SHAPES:
+            for template, offset in templates(shape, radius * size):
+                top, left = (np.floor(middle).astype(int) - len(template) // 2)[::-1]
+                error = alpha_error(alpha, template, top, left)
+                if error < errors.get((name, shape), (np.inf,))[0]:
+                    errors[name, shape] = error, np.floor(middle) + offset
+    (name, shape), (error, center) = min(errors.items(), key=lambda item: item[1][0])
+    if error > 0.5:
+        return None
+    return {"size": name, "color": color, "shape": shape}, center
+
+
+@lru_cache(maxsize=None)
+def templates(shape, radius):
+    """[(coverage of a small window, offset of the centre)], the centre moved in half pixels around the window's middle"""
+    window = 2 * int(radius + 3)
+    shifts = np.arange(-1, 2.1, 0.5)
+    return [(coverage(shape, radius, (window / 2 + x, window / 2 + y), window), np.array([x, y]))
+            for x in shifts for y in shifts]
+
+
+def alpha_error(alpha, template, top, left):
+    """Squared difference to the template put at (top, left), over the picture, relative to the template's own square"""
+    size, n = len(alpha), len(template)
+    y0, x0, y1, x1 = max(top, 0), max(left, 0), min(top + n, size), min(left + n, size)
+    part, fit = alpha[y0:y1, x0:x1], template[y0 - top:y1 - top, x0 - left:x1 - left]
+    total, norm = (alpha * alpha).sum(), (template * template).sum()
+    return (total + norm - 2 * (part * fit).sum()) / norm  # |a - t|^2 = |a|^2 + |t|^2 - 2 a.t
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scoring
+
+
+def score(images, wanted):
+    """How often the pictures show the wanted attributes: {name: (right, of)}.
+
+    background and relation per picture, size, color, shape and color+shape per object, all: the whole picture. A picture that
+    cannot be read, or shows another number of objects, has all its objects wrong. With two objects the better of both
+    pairings counts, so that a wrong relation alone does not spoil the rest.
+    """
+    names = ("background", "color", "size", "shape", "color+shape", "relation", "all")
+    right, of = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
+    for image, want in zip(images, wanted, strict=True):
+        seen = read(image) or {"background": None, "objects": [], "relation": None}
+        of["background"] += 1
+        of["all"] += 1
+        right["background"] += seen["background"] == want["background"]
+        right["all"] += seen == want
+        if want["relation"]:
+            of["relation"] += 1
+            right["relation"] += same_relation(seen, want)
+        for name in ("color", "size", "shape", "color+shape"):
+            of[name] += len(want["objects"])
+        for name, n in best_matches(seen["objects"], want["objects"]).items():
+            right[name] += n
+    return {name: (int(right[name]), of[name]) for name in names}
+
+
+def best_matches(seen, want):
+    """Right attributes, of the pairing of objects that has most of them"""
+    if len(seen) != len(want):
+        return {}
+    counts = []
+    for order in (seen, seen[::-1]):
+        count = {name: sum(a[name] == b[name] for a, b in zip(order, want)) for name in ("color", "size", "shape")}
+        count["color+shape"] = sum(a["color"] == b["color"] and a["shape"] == b["shape"] for a, b in zip(order, want))
+        counts.append(count)
+    return max(counts, key=lambda count: sum(count.values()))
+
+
+def same_relation(seen, want):
+    """The right axis, and the wanted colours in the right order along it"""
+    return (seen["relation"] == want["relation"]
+            and [o["color"] for o in seen["objects"]] == [o["color"] for o in want["objects"]])

@@ -1,0 +1,508 @@
+"""
+Prepared data -> checkpoints.
+
+    python train.py config/tiny.py                                   # the laptop run, about ten minutes
+    python train.py config/tiny.py --mask_ratio 0 --out runs/unmasked
+    torchrun --nproc_per_node=8 train.py config/small.py             # one process per GPU (or CPU)
+
+Everything random about a step is a function of (seed, step, index of the micro-batch in the global batch): the number of
+processes does not matter, and a run that is started again goes on bit by bit as if it had never stopped.
+"""
+from configurator import configure
+
+# data and output
+data = "data/shapes"          # prepared folder (prepare_latents.py)
+val_data = ""                 # prepared folder to validate on; empty: the last 1 % of `data`, which is then not trained on
+out = ""                      # run folder; empty: runs/ and the config's name
+overwrite = False             # delete what an earlier run left in `out`
+init_from = ""                # start from the weights of this checkpoint or run folder
+# training
+batch_size = 2048             # pictures per step, over all processes
+micro_batch_size = 256        # pictures per forward pass of one process
+max_steps = 250_000           # steps in all
+unmasked_steps = 0            # the last so many of them without masking
+mask_ratio = 0.75             # patches dropped after the mixer
+learning_rate = 2.4e-4        # at its peak
+warmup_steps = 2500           # linear from 0
+schedule = "cosine"           # after the warmup: cosine or constant
+min_learning_rate = 0.33      # where the cosine ends, as a fraction of the peak
+beta1 = 0.9                   # AdamW
+beta2 = 0.999                 # AdamW
+weight_decay = 0.1            # AdamW, on every parameter
+grad_clip = 0.25              # largest gradient norm; 0: no clipping
+p_mean = -0.6                 # ln sigma ~ N(p_mean, p_std^2)
+p_std = 1.2                   # see p_mean
+caption_dropout = 0.1         # captions replaced by zeros, for guidance
+ema_decay = 0.0               # moving average of the weights; 0: none
+ema_start = 0                 # step at which the average starts
+seed = 2024                   # of weights, data order, noise, masks and dropout
+# network (MicroDiTConfig; latent_channels and caption_dim come from the data)
+latent_size = 32              # height and width of the latents; picks the resolution of the data
+patch_size = 2                # latent pixels per patch and axis
+dim = 1024                    # width of the backbone
+depth = 28                    # backbone blocks
+head_dim = 64                 # width of an attention head
+mlp_multiple = 256            # hidden widths of the MLPs are rounded up to a multiple of it
+pos_scale = 1.0               # positions are divided by it: 1 at 256 px, 2 at 512 px
+attn_ratio = (0.5, 1.0)       # layer-wise scaling: attention width / dim, first and last block
+mlp_ratio = (0.5, 4.0)        # layer-wise scaling: MLP width / dim, first and last block
+mixer_depth = 6               # patch mixer blocks; 0: no mixer, naive masking
+mixer_dim = 768               # width of the mixer
+mixer_mlp_ratio = 4.0         # MLP width / mixer_dim
+num_experts = 8               # experts of a sparse block; 0: dense MLPs everywhere
+expert_capacity = 2.0         # experts that process a token, on average
+moe_every = 2                 # every so many blocks one is sparse
+router_unmodulated = False    # the router reads LN(x) instead of the adaLN-modulated tokens
+# machine
+device = "auto"               # cuda, mps or cpu; auto: the best there is
+dtype = "auto"                # of the computation: bfloat16 or float32 (weights stay float32); auto: bfloat16 on cuda
+compile = False               # torch.compile: a minute at the start, faster steps on a GPU
+# reporting
+log_every = 50                # steps between console lines
+eval_every = 500              # steps between validations; 0: never
+sample_every = 1000           # steps between grids of sample pictures; 0: never
+sample_steps = 30             # sampler steps of those pictures
+sample_guidance = 5.0         # guidance scale of those pictures
+checkpoint_every = 1000       # steps between checkpoints, besides the last; 0: only the last
+keep_checkpoints = 2          # older ones are deleted
+
+if __name__ == "__main__":
+    settings = configure(globals())
+
+import contextlib
+import copy
+import ctypes
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import checkpoint
+from dataset import Dataset, check_same_encoders, write_atomic
+from encoders import load_vae
+from model import MicroDiT, MicroDiTConfig, edm_loss, expert_tokens, kept_patches
+from model import sample as draw_latents
+from sample import decode_images, pick_device, picture_grid
+
+# Validation is at these noise levels whatever the run trains on, so that runs can be compared
+VAL_P_MEAN, VAL_P_STD, VAL_ROWS = -0.6, 1.2, 2048
+BINS = 5  # the loss is also reported by noise level, in as many bins of equal probability
+# what may change between a run and its continuation: nothing of this touches the weights (data is compared by content)
+NOT_COMPARED = {"data", "val_data", "out", "overwrite", "max_steps", "device", "compile", "log_every", "eval_every",
+                "sample_every", "sample_steps", "sample_guidance", "checkpoint_every", "keep_checkpoints"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A step's data and randomness
+
+
+def generator(*key):
+    """A CPU generator that is a function of these whole numbers"""
+    state = np.random.SeedSequence(key).generate_state(2, np.uint64)
+    return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
+
+
+class Batches:
+    """Micro-batch m of step s: rows of a seeded permutation per epoch, noise levels, noise, mask and caption dropout."""
+
+    def __init__(self, dataset, rows, tokens, micros):
+        self.dataset, self.rows, self.tokens, self.micros = dataset, rows, tokens, micros
+        self.epoch, self.order = None, None
+
+    def row_ids(self, step, micro):
+        first = (step * self.micros + micro) * micro_batch_size
+        ids = []
+        for position in range(first, first + micro_batch_size):
+            epoch, i = divmod(position, self.rows)
+            if epoch != self.epoch:
+                self.epoch, self.order = epoch, torch.randperm(self.rows, generator=generator(seed, 1, epoch)).numpy()
+            ids.append(int(self.order[i]))
+        return ids
+
+    def __call__(self, step, micro):
+        """latents (B,C,H,W), captions (B,L,D), sigma (B,), noise (B,C,H,W), uniforms (B,T)"""
+        g = generator(seed, 2, step, micro)
+        latents, captions = (torch.from_numpy(a).float() for a in self.dataset.rows(self.row_ids(step, micro)))
+        sigma = (p_mean + p_std * torch.randn(micro_batch_size, generator=g)).exp()
+        noise = torch.randn(latents.shape, generator=g)
+        uniforms = torch.rand(micro_batch_size, self.tokens, generator=g)
+        captions[torch.rand(micro_batch_size, generator=g) < caption_dropout] = 0
+        return latents, captions, sigma, noise, uniforms
+
+
+def prefetched(make, keys):
+    """make(*key) for each key, one ahead in a thread of its own"""
+    with ThreadPoolExecutor(1) as pool:
+        pending = None
+        for key in keys:
+            following = pool.submit(make, *key)
+            if pending:
+                yield pending.result()
+            pending = following
+        if pending:
+            yield pending.result()
+
+
+def learning_rate_at(step, peak, warmup, total, schedule="cosine", end=0.0):
+    """Linear from 0 over `warmup` steps, then constant, or a cosine that reaches end * peak at step `total`"""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if schedule == "constant":
+        return peak
+    progress = (step - warmup) / max(1, total - warmup)
+    return peak * (end + (1 - end) * 0.5 * (1 + math.cos(math.pi * min(1, progress))))
+
+
+def noise_bins(sigma, mean, std):
+    """Bin 0..BINS-1 of each noise level, equally probable under ln sigma ~ N(mean, std^2)"""
+    quantile = torch.special.ndtr((sigma.log() - mean) / std)
+    return (quantile * BINS).long().clamp(0, BINS - 1)
+
+
+def bin_names(mean, std):
+    """The median noise level of each bin"""
+    middle = (torch.arange(BINS, dtype=torch.float64) + 0.5) / BINS
+    return [f"{s:.2g}" for s in (mean + std * torch.special.ndtri(middle)).exp().tolist()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Set-up
+
+
+def check_settings(world):
+    positive = ("batch_size", "micro_batch_size", "max_steps", "log_every", "keep_checkpoints", "sample_steps", "learning_rate", "p_std")
+    for name in positive:
+        if globals()[name] <= 0:
+            raise ValueError(f"{name} is {globals()[name]}: it must be above 0")
+    if batch_size % (micro_batch_size * world):
+        raise ValueError(f"batch_size {batch_size} is not a multiple of micro_batch_size {micro_batch_size} x {world} processes")
+    for name, options in (("schedule", ("cosine", "constant")), ("dtype", ("auto", "bfloat16", "float32"))):
+        if globals()[name] not in options:
+            raise ValueError(f"{name} is '{globals()[name]}': it must be {' or '.join(options)}")
+    for name in ("mask_ratio", "caption_dropout", "ema_decay"):
+        if not 0 <= globals()[name] < 1:
+            raise ValueError(f"{name} is {globals()[name]}: it must be at least 0 and below 1")
+    for name in ("attn_ratio", "mlp_ratio"):
+        if len(globals()[name]) != 2:
+            raise ValueError(f"{name} is {globals()[name]}: it needs two numbers, for the first and the last block")
+    if unmasked_steps < 0 or unmasked_steps > max_steps:
+        raise ValueError(f"unmasked_steps is {unmasked_steps}: it must lie between 0 and max_steps {max_steps}")
+
+
+def network_config(info):
+    names = {f.name for f in fields(MicroDiTConfig)} - {"latent_channels", "caption_dim"}
+    config = MicroDiTConfig(**{name: globals()[name] for name in names},
+                            latent_channels=info["vae"]["latent_channels"], caption_dim=info["text_encoder"]["dim"])
+    kept = kept_patches(torch.zeros(1, config.tokens), mask_ratio).shape[1]
+    if config.num_experts:
+        for tokens in {config.tokens, kept}:
+            expert_tokens(config.expert_capacity, tokens, config.num_experts)
+    return config
+
+
+def open_data():
+    """(training set, its rows, validation set, its row ids)"""
+    train_set = Dataset(data, latent_size)
+    if val_data:
+        val_set = Dataset(val_data, latent_size)
+        check_same_encoders(val_set.info, val_data, train_set.info, data)
+        return train_set, len(train_set), val_set, range(min(VAL_ROWS, len(val_set)))
+    held = min(VAL_ROWS, max(1, len(train_set) // 100))
+    rows = len(train_set) - held
+    if rows < 1:
+        raise ValueError(f"{data} has {len(train_set)} rows: too few to keep some for validation")
+    return train_set, rows, train_set, range(rows, len(train_set))
+
+
+def find_resume(folder, run):
+    """The last checkpoint of this very run, or None; ValueError says what differs if `folder` holds another run."""
+    steps = checkpoint.steps_of(folder)
+    if not steps:
+        return None
+    old, _ = checkpoint.read(steps[-1], ("none",))
+    differ = [f"{name}: {old['settings'].get(name)!r} there, {value!r} now" for name, value in run["settings"].items()
+              if name not in NOT_COMPARED and old["settings"].get(name) != tuple_to_list(value)]
+    differ += [f"{name}: {old['data'].get(name)!r} there, {value!r} now" for name, value in run["data"].items()
+               if old["data"].get(name) != value]
+    if old["settings"]["max_steps"] > max_steps:
+        differ.append(f"max_steps: {old['settings']['max_steps']} there, {max_steps} now (it may only grow)")
+    if differ:
+        raise ValueError(f"{folder} holds another run: {'; '.join(differ)}. Give another --out, or --overwrite to delete that run")
+    return steps[-1]
+
+
+def tuple_to_list(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
+def keep_freed_memory():
+    """Have glibc keep freed memory: fresh pages for every activation cost a tenth of a CPU step."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library: nothing to tune
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(-4, 0)           # M_MMAP_MAX: take large blocks from the heap too
+            libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: and leave it as large as it got
+
+
+class Trainer:
+    """The state of a run: network, optimizer, average, step"""
+
+    def __init__(self, config, device, run):
+        torch.manual_seed(seed)
+        self.run, self.step = run, 0
+        self.net = MicroDiT(config).to(device)
+        if init_from:
+            self.init_weights(checkpoint.find(init_from), device)
+        self.names = [name for name, _ in self.net.named_parameters()]
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), learning_rate, betas=(beta1, beta2), eps=1e-8,
+                                           weight_decay=weight_decay, fused=device.type != "mps")
+        self.ema = None
+
+    def init_weights(self, path, device):
+        run, tensors = checkpoint.read(path, ("model.",))
+        check_same_encoders(run["data"], path, self.run["data"], data)
+        try:
+            self.net.load_state_dict(checkpoint.strip(tensors, "model."))
+        except RuntimeError as error:
+            raise ValueError(f"the weights of {path} do not fit this network: {error}") from None
+        self.net.to(device)
+
+    def update_ema(self):
+        """After step self.step: the average starts as a copy of the weights"""
+        if not ema_decay or self.step < ema_start:
+            return
+        if self.ema is None:
+            self.ema = copy.deepcopy(self.net).requires_grad_(False)
+        else:
+            torch._foreach_lerp_(list(self.ema.parameters()), [p.detach() for p in self.net.parameters()], 1 - ema_decay)
+
+    def best(self):
+        return self.ema or self.net
+
+    def save(self, folder):
+        state = self.optimizer.state_dict()["state"]
+        tensors = {f"model.{n}": p for n, p in self.net.named_parameters()}
+        if self.ema:
+            tensors |= {f"ema.{n}": p for n, p in self.ema.named_parameters()}
+        tensors |= {f"optimizer.{key}.{n}": value for i, n in enumerate(self.names) for key, value in state[i].items()}
+        path = Path(folder) / f"step_{self.step:08d}.safetensors"
+        checkpoint.save(path, tensors, self.run | {"step": self.step})
+        for old in checkpoint.steps_of(folder)[:-keep_checkpoints]:
+            old.unlink()
+        return path
+
+    def load(self, path):
+        run, tensors = checkpoint.read(path, ("model.", "ema.", "optimizer."))
+        self.step = run["step"]
+        self.net.load_state_dict(checkpoint.strip(tensors, "model."))
+        if ema := checkpoint.strip(tensors, "ema."):
+            self.ema = copy.deepcopy(self.net).requires_grad_(False)
+            self.ema.load_state_dict(ema)
+        state = {i: {key: tensors[f"optimizer.{key}.{n}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+                 for i, n in enumerate(self.names)}
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reporting
+
+
+class Log:
+    """Console lines for people, the same as JSON lines for programs"""
+
+    def __init__(self, folder, step, main_process):
+        self.path, self.main = Path(folder) / "log.jsonl", main_process
+        if self.main and self.path.exists():  # lines of steps that are done again
+            kept = [line for line in self.path.read_text().splitlines(True) if line.endswith("\n") and json.loads(line)["step"] <= step]
+            write_atomic(self.path, lambda file: file.write("".join(kept if step else []).encode()))
+
+    def __call__(self, text, **values):
+        if self.main:
+            print(text, flush=True)
+            with open(self.path, "a") as file:
+                file.write(json.dumps(values) + "\n")
+
+
+def duration(seconds):
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}h{rest // 60:02d}m" if hours else f"{rest // 60}m{rest % 60:02d}s"
+
+
+@torch.no_grad()
+def validate(net, val_set, ids, device, autocast, rank, world):
+    """(loss, its value by noise level) without masking, on noise and noise levels that never change"""
+    n = len(ids)
+    quantiles = (torch.randperm(n, generator=generator(7)) + 0.5) / n  # one noise level a row, evenly spread
+    sigma = (VAL_P_MEAN + VAL_P_STD * torch.special.ndtri(quantiles.double())).exp().float()
+    total, count = torch.zeros(2, BINS, dtype=torch.float64)
+    net.eval()
+    for b in list(range(0, n, micro_batch_size))[rank::world]:
+        rows = list(range(b, min(n, b + micro_batch_size)))
+        latents, captions = (torch.from_numpy(a).float().to(device) for a in val_set.rows([ids[i] for i in rows]))
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=generator(8, i)) for i in rows]).to(device)
+        with autocast():
+            loss = edm_loss(net, latents, captions, sigma[rows].to(device), noise, reduce=False)
+        bins = noise_bins(sigma[rows], VAL_P_MEAN, VAL_P_STD)
+        total.index_add_(0, bins, loss.double().cpu())
+        count.index_add_(0, bins, torch.ones(len(rows), dtype=torch.float64))
+    net.train()
+    sums = reduced(torch.stack([total, count]), device, world)
+    return (sums[0].sum() / sums[1].sum()).item(), (sums[0] / sums[1]).tolist()
+
+
+def reduced(tensor, device, world):
+    """The sum over all processes, on the CPU"""
+    if world > 1:
+        tensor = tensor.to(device)
+        dist.all_reduce(tensor)
+    return tensor.cpu()
+
+
+def draw_samples(net, val_set, ids, vae, device, autocast):
+    """A grid of pictures for the first captions of the validation rows, and those captions"""
+    ids = list(ids)[:16]
+    captions = torch.from_numpy(val_set.rows(ids)[1]).float().to(device)
+    c = net.config
+    noise = torch.stack([torch.randn(c.latent_channels, c.latent_size, c.latent_size, generator=generator(9, i))
+                         for i in range(len(ids))]).to(device)
+    net.eval()
+    with autocast():
+        latents = draw_latents(net, noise, captions, sample_steps, sample_guidance)
+    net.train()
+    return picture_grid(decode_images(vae, latents), columns=math.ceil(len(ids) ** 0.5)), val_set.texts(ids)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main():
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    check_settings(world)
+    train_set, rows, val_set, val_ids = open_data()
+    config = network_config(train_set.info)
+    folder = Path(out)
+    described = {k: train_set.info[k] for k in ("vae", "text_encoder", "resolutions", "words", "settings")}
+    run = {"config": asdict(config), "settings": settings, "data": {**described, "rows": rows}}
+    if overwrite and rank == 0:
+        for old in checkpoint.steps_of(folder):
+            old.unlink()
+        shutil.rmtree(folder / "samples", ignore_errors=True)
+    resume = None if overwrite else find_resume(folder, run)
+
+    where = pick_device(device)
+    if where.type == "cuda":
+        where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(where)
+        torch.backends.cuda.matmul.allow_tf32 = True
+    if where.type == "cpu":
+        keep_freed_memory()
+    half = dtype == "bfloat16" or (dtype == "auto" and where.type == "cuda")
+
+    def autocast():
+        return torch.autocast(where.type, torch.bfloat16) if half else contextlib.nullcontext()
+
+    trainer = Trainer(config, where, run)
+    if resume:
+        trainer.load(resume)
+    if world > 1:
+        dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        parameters = sum(p.numel() for p in trainer.net.parameters())
+        print(f"{folder}: {parameters / 1e6:.1f} M parameters, {rows:,} pictures, {max_steps:,} steps of {batch_size} on "
+              f"{world} x {where.type}" + (f", going on from step {trainer.step:,}" if resume else ""))
+    try:
+        train(trainer, folder, train_set, rows, val_set, val_ids, where, autocast, rank, world)
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+def train(trainer, folder, train_set, rows, val_set, val_ids, where, autocast, rank, world):
+    log = Log(folder, trainer.step, rank == 0)
+    vae = load_vae(train_set.info["vae"]["name"], where, scaling_factor=train_set.info["vae"]["scaling_factor"])
+    net = torch.compile(trainer.net) if compile else trainer.net
+    if world > 1:
+        net = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
+    micros = batch_size // micro_batch_size
+    mine = range(rank, micros, world)
+    batches = prefetched(Batches(train_set, rows, trainer.net.config.tokens, micros),
+                         ((s, m) for s in range(trainer.step, max_steps) for m in mine))
+    names, val_names = bin_names(p_mean, p_std), bin_names(VAL_P_MEAN, VAL_P_STD)
+    sums, started, counted = torch.zeros(2, BINS, dtype=torch.float64), time.time(), trainer.step
+    first_step = trainer.step
+
+    while trainer.step < max_steps:
+        step = trainer.step
+        lr = learning_rate_at(step, learning_rate, warmup_steps, max_steps, schedule, min_learning_rate)
+        for group in trainer.optimizer.param_groups:
+            group["lr"] = lr
+        masked = mask_ratio > 0 and step < max_steps - unmasked_steps
+        losses, sigmas = [], []
+        for m in mine:
+            latents, captions, sigma, noise, uniforms = (t.to(where, non_blocking=True) for t in next(batches))
+            ids_keep = kept_patches(uniforms, mask_ratio) if masked else None
+            last = m == mine[-1]
+            with autocast(), contextlib.nullcontext() if world == 1 or last else net.no_sync():
+                loss = edm_loss(net, latents, captions, sigma, noise, ids_keep, reduce=False)
+                (loss.mean() / len(mine)).backward()
+            losses.append(loss.detach())
+            sigmas.append(sigma)
+        grad_norm = torch.nn.utils.clip_grad_norm_(trainer.net.parameters(), grad_clip or math.inf)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+        trainer.step = step = step + 1
+        trainer.update_ema()
+        bins = noise_bins(torch.cat(sigmas), p_mean, p_std)
+        sums = sums.to(where) if where.type != "mps" else sums.float().to(where)
+        sums[0].index_add_(0, bins, torch.cat(losses).to(sums.dtype))
+        sums[1].index_add_(0, bins, torch.ones_like(bins, dtype=sums.dtype))
+
+        done = step == max_steps
+        if step % log_every == 0 or done or step == first_step + 1:
+            total, count = reduced(sums, where, world)
+            seconds, loss = time.time() - started, (total.sum() / count.sum()).item()
+            rate = (step - counted) * batch_size / seconds
+            eta = (max_steps - step) * batch_size / rate
+            log(f"step {step:6,}/{max_steps:,} | loss {loss:.4f} | lr {lr:.2e} | grad norm {grad_norm.item():.3f} | "
+                f"{rate:,.0f} images/s | {duration(eta)} left{'' if masked or not mask_ratio else ' | unmasked'}",
+                step=step, loss=loss, lr=lr, grad_norm=grad_norm.item(), images_per_s=rate, eta_s=eta,
+                loss_by_sigma=dict(zip(names, (total / count.clamp(min=1)).tolist())))
+            if not math.isfinite(loss):
+                raise ValueError(f"the loss is {loss} at step {step}: nothing was saved after the last checkpoint "
+                                 f"({(checkpoint.steps_of(folder) or ['none yet'])[-1]}). Try a lower learning_rate or grad_clip")
+            sums, started, counted = torch.zeros(2, BINS, dtype=torch.float64), time.time(), step
+        pause = time.time()
+        if eval_every and (step % eval_every == 0 or done):
+            loss, by_sigma = validate(trainer.best(), val_set, val_ids, where, autocast, rank, world)
+            log(f"step {step:6,} | validation loss {loss:.4f} | by noise level "
+                + "  ".join(f"{name}: {value:.3f}" for name, value in zip(val_names, by_sigma)),
+                step=step, val_loss=loss, val_loss_by_sigma=dict(zip(val_names, by_sigma)))
+        if rank == 0 and sample_every and (step % sample_every == 0 or done):
+            grid, texts = draw_samples(trainer.best(), val_set, val_ids, vae, where, autocast)
+            (folder / "samples").mkdir(exist_ok=True)
+            grid.save(folder / "samples" / f"step_{step:08d}.png")
+            (folder / "samples" / "captions.txt").write_text("\n".join(texts) + "\n")
+        if rank == 0 and ((checkpoint_every and step % checkpoint_every == 0) or done):
+            path = trainer.save(folder)
+        started += time.time() - pause  # images/s counts training alone
+    if rank == 0:
+        path = checkpoint.steps_of(folder)[-1]
+        print(f"done: {path}. Draw with: python sample.py --checkpoint {path} --prompt \"...\"")
+
+
+if __name__ == "__main__":
+    out = settings["out"] = out or f"runs/{Path(sys.argv[1]).stem if sys.argv[1:] and not sys.argv[1].startswith('--') else 'train'}"
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"train.py: {error}") from None
