@@ -106,7 +106,7 @@ class Dataset:
         path = self.folder / name
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"{path} is missing or cut short ({error}): prepare the folder again with --overwrite") from None
         if array.shape != shape or array.dtype != np.float16:
             raise ValueError(f"{path} holds {array.dtype} {array.shape}, dataset.json says float16 {shape}: prepare the folder "

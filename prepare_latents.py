@@ -44,8 +44,9 @@ from tqdm import tqdm
 import shapes
 from dataset import FORMAT, read_info, write_atomic, write_json, write_shard
 from encoders import load_text_encoder, load_vae, words_of
+from machine import pick_device
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SHAPES_ROWS = 20_000
 
 
@@ -112,10 +113,14 @@ def tar_pictures(path):
                     key, files = (folder, stem), {}
                 files[member.name, "." + extension.lower()] = tar.extractfile(member).read()
             yield from tar_sample(path, files)
+        with open(path, "rb") as file:
+            file.seek(-1024, os.SEEK_END)
+            if any(file.read()):
+                raise tarfile.ReadError("no end marker")
     except (tarfile.TarError, EOFError, OSError) as error:
         def broken(error=error):
             raise Unusable(f"the tar breaks off here: {error}")
-        yield path.name, broken, ""
+        yield path.name, broken, "lost"  # listed among the skipped pictures
 
 
 def tar_sample(path, files):
@@ -128,9 +133,11 @@ def tar_sample(path, files):
             caption = json.loads(texts[".json"])["caption"]
         except (ValueError, KeyError, TypeError):
             pass  # a .json without a caption is not a caption
-    for (name, extension), data in files.items():
-        if extension in PICTURES:
-            yield f"{path.name}/{name}", (lambda data=data: Image.open(io.BytesIO(data))), caption
+    found = [item for item in files.items() if item[0][1] in PICTURES]
+    # a name with more dots (7.5.png) is a picture too, unless the sample has a plain one and this is its .mask.png, say
+    found = found or [item for item in files.items() if item[0][1].endswith(PICTURES)]
+    for (name, _), data in found:
+        yield f"{path.name}/{name}", (lambda data=data: Image.open(io.BytesIO(data))), caption
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,7 +194,7 @@ class Encoder:
     """Pictures of one batch -> rows of the current shard"""
 
     def __init__(self, vae, text):
-        self.vae, self.text, self.pending, self.clear = vae, text, [], None
+        self.vae, self.text, self.pending = vae, text, []
         self.start_shard()
 
     def start_shard(self):
@@ -248,7 +255,7 @@ def check_settings():
 def main():
     check_settings()
     folder = Path(out)
-    where = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    where = pick_device(device)
     autoencoder, text = load_vae(vae, where), load_text_encoder(text_encoder, where)
     for r in resolutions:
         if r % autoencoder.downsample:

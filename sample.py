@@ -42,14 +42,8 @@ from tqdm import tqdm
 
 import checkpoint as checkpoints
 from encoders import load_text_encoder, load_vae, words_of
+from machine import pick_device
 from model import sample as draw_latents
-
-
-def pick_device(name):
-    """torch.device of "cuda", "mps", "cpu" or "auto", the best there is"""
-    if name in (None, "auto"):
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return torch.device(name)
 
 
 def load(path, device=None, ema=True, vae="", text_encoder=""):

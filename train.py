@@ -71,7 +71,6 @@ if __name__ == "__main__":
 
 import contextlib
 import copy
-import ctypes
 import json
 import math
 import os
@@ -89,9 +88,10 @@ import torch.distributed as dist
 import checkpoint
 from dataset import Dataset, check_same_encoders, write_atomic
 from encoders import load_vae
+from machine import keep_freed_memory, pick_device
 from model import MicroDiT, MicroDiTConfig, edm_loss, expert_tokens, kept_patches
 from model import sample as draw_latents
-from sample import decode_images, pick_device, picture_grid
+from sample import decode_images, picture_grid
 
 # Validation is at these noise levels whatever the run trains on, so that runs can be compared
 VAL_P_MEAN, VAL_P_STD, VAL_ROWS = -0.6, 1.2, 2048
@@ -168,10 +168,11 @@ def noise_bins(sigma, mean, std):
     return (quantile * BINS).long().clamp(0, BINS - 1)
 
 
-def bin_names(mean, std):
-    """The median noise level of each bin"""
+def by_level(total, count, mean, std):
+    """{median noise level of a bin: mean loss}, of the bins that have any"""
     middle = (torch.arange(BINS, dtype=torch.float64) + 0.5) / BINS
-    return [f"{s:.2g}" for s in (mean + std * torch.special.ndtri(middle)).exp().tolist()]
+    sigmas = (mean + std * torch.special.ndtri(middle)).exp().tolist()
+    return {f"{s:.2g}": (t / n).item() for s, t, n in zip(sigmas, total, count) if n}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -244,15 +245,6 @@ def tuple_to_list(value):
     return list(value) if isinstance(value, tuple) else value
 
 
-def keep_freed_memory():
-    """Have glibc keep freed memory: fresh pages for every activation cost a tenth of a CPU step."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # another C library: nothing to tune
-            libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(-4, 0)           # M_MMAP_MAX: take large blocks from the heap too
-            libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: and leave it as large as it got
-
-
 class Trainer:
     """The state of a run: network, optimizer, average, step"""
 
@@ -261,20 +253,21 @@ class Trainer:
         self.run, self.step = run, 0
         self.net = MicroDiT(config).to(device)
         if init_from:
-            self.init_weights(checkpoint.find(init_from), device)
+            self.init_weights(checkpoint.find(init_from))
         self.names = [name for name, _ in self.net.named_parameters()]
         self.optimizer = torch.optim.AdamW(self.net.parameters(), learning_rate, betas=(beta1, beta2), eps=1e-8,
                                            weight_decay=weight_decay, fused=device.type != "mps")
         self.ema = None
 
-    def init_weights(self, path, device):
+    def init_weights(self, path):
         run, tensors = checkpoint.read(path, ("model.",))
         check_same_encoders(run["data"], path, self.run["data"], data)
         try:
             self.net.load_state_dict(checkpoint.strip(tensors, "model."))
-        except RuntimeError as error:
-            raise ValueError(f"the weights of {path} do not fit this network: {error}") from None
-        self.net.to(device)
+        except RuntimeError:
+            differ = [f"{k}: {run['config'].get(k)} there, {v} now" for k, v in json.loads(json.dumps(self.run["config"])).items()
+                      if run["config"].get(k) != v]
+            raise ValueError(f"the weights of {path} do not fit this network ({'; '.join(differ)})") from None
 
     def update_ema(self):
         """After step self.step: the average starts as a copy of the weights"""
@@ -339,7 +332,7 @@ def duration(seconds):
 
 @torch.no_grad()
 def validate(net, val_set, ids, device, autocast, rank, world):
-    """(loss, its value by noise level) without masking, on noise and noise levels that never change"""
+    """(loss, {noise level: loss}) without masking, on noise and noise levels that never change"""
     n = len(ids)
     quantiles = (torch.randperm(n, generator=generator(7)) + 0.5) / n  # one noise level a row, evenly spread
     sigma = (VAL_P_MEAN + VAL_P_STD * torch.special.ndtri(quantiles.double())).exp().float()
@@ -356,7 +349,7 @@ def validate(net, val_set, ids, device, autocast, rank, world):
         count.index_add_(0, bins, torch.ones(len(rows), dtype=torch.float64))
     net.train()
     sums = reduced(torch.stack([total, count]), device, world)
-    return (sums[0].sum() / sums[1].sum()).item(), (sums[0] / sums[1]).tolist()
+    return (sums[0].sum() / sums[1].sum()).item(), by_level(*sums, VAL_P_MEAN, VAL_P_STD)
 
 
 def reduced(tensor, device, world):
@@ -437,7 +430,6 @@ def train(trainer, folder, train_set, rows, val_set, val_ids, where, autocast, r
     mine = range(rank, micros, world)
     batches = prefetched(Batches(train_set, rows, trainer.net.config.tokens, micros),
                          ((s, m) for s in range(trainer.step, max_steps) for m in mine))
-    names, val_names = bin_names(p_mean, p_std), bin_names(VAL_P_MEAN, VAL_P_STD)
     sums, started, counted = torch.zeros(2, BINS, dtype=torch.float64), time.time(), trainer.step
     first_step = trainer.step
 
@@ -476,7 +468,7 @@ def train(trainer, folder, train_set, rows, val_set, val_ids, where, autocast, r
             log(f"step {step:6,}/{max_steps:,} | loss {loss:.4f} | lr {lr:.2e} | grad norm {grad_norm.item():.3f} | "
                 f"{rate:,.0f} images/s | {duration(eta)} left{'' if masked or not mask_ratio else ' | unmasked'}",
                 step=step, loss=loss, lr=lr, grad_norm=grad_norm.item(), images_per_s=rate, eta_s=eta,
-                loss_by_sigma=dict(zip(names, (total / count.clamp(min=1)).tolist())))
+                loss_by_sigma=by_level(total, count, p_mean, p_std))
             if not math.isfinite(loss):
                 raise ValueError(f"the loss is {loss} at step {step}: nothing was saved after the last checkpoint "
                                  f"({(checkpoint.steps_of(folder) or ['none yet'])[-1]}). Try a lower learning_rate or grad_clip")
@@ -485,8 +477,8 @@ def train(trainer, folder, train_set, rows, val_set, val_ids, where, autocast, r
         if eval_every and (step % eval_every == 0 or done):
             loss, by_sigma = validate(trainer.best(), val_set, val_ids, where, autocast, rank, world)
             log(f"step {step:6,} | validation loss {loss:.4f} | by noise level "
-                + "  ".join(f"{name}: {value:.3f}" for name, value in zip(val_names, by_sigma)),
-                step=step, val_loss=loss, val_loss_by_sigma=dict(zip(val_names, by_sigma)))
+                + "  ".join(f"{sigma}: {value:.3f}" for sigma, value in by_sigma.items()),
+                step=step, val_loss=loss, val_loss_by_sigma=by_sigma)
         if rank == 0 and sample_every and (step % sample_every == 0 or done):
             grid, texts = draw_samples(trainer.best(), val_set, val_ids, vae, where, autocast)
             (folder / "samples").mkdir(exist_ok=True)
@@ -506,3 +498,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         raise SystemExit(f"train.py: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(f"train.py: stopped. The same command goes on from the last checkpoint in {out}") from None

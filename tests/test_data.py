@@ -1,0 +1,253 @@
+"""prepare_latents.py and dataset.py: from pictures and captions to memmaps and back."""
+import errno
+import io
+import json
+import os
+import tarfile
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dataset
+import encoders
+import shapes
+from dataset import Dataset
+
+
+def photo(seed, size=(40, 32), mode="RGB"):
+    low = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(low).resize(size, Image.Resampling.BICUBIC).convert(mode)
+
+
+def encoded(image, kind="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def pixels(row, scaling_factor):
+    """The picture (H,W,3) in a row of latents"""
+    images = torch.nn.functional.pixel_shuffle(torch.from_numpy(np.array(row)).float()[None] / scaling_factor, 2)[0]
+    return ((images + 1) * 127.5).permute(1, 2, 0).numpy()
+
+
+def prepared(folder, latent_size=16):
+    data = Dataset(folder, latent_size)
+    return data, data.texts(range(len(data)))
+
+
+# --- the drawn set ---------------------------------------------------------------------------------------------------
+
+def test_round_trip_of_the_drawn_set(script, tmp_path):
+    printed = script("prepare_latents.py", "--out", tmp_path / "d", "--limit", 50, "--shard_size", 20, "--resolutions", 16, 32)
+    assert "50 rows in 3 shards" in printed
+    text_encoder = encoders.load_text_encoder("words")
+    for resolution in (16, 32):
+        data, captions = prepared(tmp_path / "d", resolution // 2)
+        assert len(data) == 50
+        ids = [49, 0, 20, 19]
+        latents, embeddings = data.rows(ids)
+        assert latents.dtype == embeddings.dtype == np.float16
+        for i, latent, embedding in zip(ids, latents, embeddings):
+            image, caption, _ = shapes.scene(i)
+            assert captions[i] == caption
+            np.testing.assert_allclose(embedding, text_encoder([caption])[0], atol=2e-3)
+            if resolution == 32:
+                np.testing.assert_allclose(pixels(latent, data.info["vae"]["scaling_factor"]), np.asarray(image), atol=0.2)
+    assert set(data.info["words"]) == {w for c in captions for w in encoders.words_of(c)}
+    everything = data.rows(range(50))[0].astype(np.float32)
+    assert 0.75 < everything.std() < 1.05  # near sigma_data
+
+
+def test_started_again_it_goes_on_and_gives_the_same_bytes(script, tmp_path):
+    args = ("prepare_latents.py", "--limit", 50, "--shard_size", 20, "--resolutions", 16)
+    script(*args, "--out", tmp_path / "whole")
+    script(*args, "--out", tmp_path / "part")
+    # as if killed while it wrote the third shard
+    info = json.loads((tmp_path / "part/dataset.json").read_text())
+    first_two = info["shards"][:2]
+    (tmp_path / "part/dataset.json").write_text(json.dumps(info | {"complete": False, "shards": first_two, "rows": 40}))
+    (tmp_path / "part/00002.captions.npy").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="only partly prepared"):
+        Dataset(tmp_path / "part", 8)
+    before = (tmp_path / "part/00001.captions.npy").stat().st_mtime_ns
+    script(*args, "--out", tmp_path / "part")
+    assert (tmp_path / "part/00001.captions.npy").stat().st_mtime_ns == before
+    files = sorted(p.name for p in (tmp_path / "whole").iterdir())
+    assert files == sorted(p.name for p in (tmp_path / "part").iterdir())
+    for name in files:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "part" / name).read_bytes(), name
+    assert "already prepared: 50 rows" in script(*args, "--out", tmp_path / "whole")
+    message = script(*args, "--out", tmp_path / "whole", "--first_seed=9", fails=True)
+    assert "first_seed: 0 there, 9 now" in message and "--overwrite" in message
+    script(*args, "--out", tmp_path / "whole", "--first_seed=9", "--overwrite")
+    assert prepared(tmp_path / "whole", 8)[1][0] == shapes.scene(9)[1]
+
+
+# --- folders and tars ------------------------------------------------------------------------------------------------
+
+def bad_pictures():
+    good = encoded(photo(0, (300, 300)))
+    header = b"\x89PNG\r\n\x1a\n"
+    chunk = b"IHDR" + (60_000).to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
+    bomb = header + (13).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big") + b"\0\0\0\0IDAT" + zlib.crc32(b"IDAT").to_bytes(4, "big")
+    return {"truncated.png": good[:len(good) // 2], "truncated.jpg": encoded(photo(1, (300, 300)), "JPEG")[:700], "empty.jpg": b"",
+            "text.png": b"not a picture", "small.png": encoded(photo(2, (31, 60))), "bomb.png": bomb}
+
+
+def test_a_folder_with_every_kind_of_trouble(script, tmp_path):
+    source = tmp_path / "photos"
+    (source / "deep").mkdir(parents=True)
+    grey16 = Image.fromarray((np.arange(40 * 40, dtype=np.uint32).reshape(40, 40) * 40).astype(np.uint16))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the camera was held upright
+    odd = {"cmyk.jpg": encoded(photo(3, mode="CMYK"), "JPEG", quality=95), "palette.png": encoded(photo(4).quantize(16)),
+           "grey16.png": encoded(grey16), "grey.png": encoded(photo(5, mode="L")), "deep/plain.webp": encoded(photo(6), "WEBP"),
+           "clear.png": encoded(Image.new("RGBA", (40, 40), (255, 0, 0, 0))), "tall.bmp": encoded(photo(7, (32, 90)), "BMP"),
+           "turned.jpg": encoded(photo(8, (64, 32)), "JPEG", exif=turned)}
+    for name, data in (odd | bad_pictures()).items():
+        (source / name).write_bytes(data)
+        (source / name).with_suffix(".txt").write_text(f"caption of {name}\n")
+    (source / "silent.png").write_bytes(encoded(photo(9)))
+    (source / "notes.md").write_text("no picture at all")
+    printed = script("prepare_latents.py", "--source", source, "--out", tmp_path / "d")
+    data, captions = prepared(tmp_path / "d")
+    assert sorted(captions) == sorted(f"caption of {name}" for name in odd)
+    skipped = {s["source"]: s["reason"] for s in map(json.loads, (tmp_path / "d/skipped.jsonl").read_text().splitlines())}
+    assert skipped.keys() == {*bad_pictures(), "silent.png"}
+    assert "too small: 31 x 60" in skipped["small.png"] and "Bomb" in skipped["bomb.png"] and skipped["silent.png"] == "no caption"
+    assert "skipped 1: too small" in printed and "skipped 1: no caption" in printed
+
+    def picture(name):
+        return pixels(data.latents[0][captions.index(f"caption of {name}")], data.info["vae"]["scaling_factor"])
+    np.testing.assert_allclose(picture("clear.png"), 255, atol=0.3)  # transparency becomes white
+    expected = np.asarray(grey16.crop((0, 0, 40, 40)), float) / 257
+    assert abs(picture("grey16.png").mean() - expected.mean()) < 2 and picture("grey16.png").std() > 40
+    np.testing.assert_allclose(picture("tall.bmp"), np.asarray(photo(7, (32, 90)).crop((0, 29, 32, 61))), atol=0.3)
+    difference = abs(picture("cmyk.jpg") - np.asarray(photo(3).resize((40, 32)).crop((4, 0, 36, 32)), float))
+    assert difference.mean() < 8
+    rows = [json.loads(line) for line in (tmp_path / "d/00000.rows.jsonl").read_text().splitlines()]
+    assert {(r["source"], r["width"], r["height"]) for r in rows} >= {("deep/plain.webp", 40, 32), ("tall.bmp", 32, 90), ("turned.jpg", 32, 64)}
+
+
+def tar_of(path, files):
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def test_webdataset_tars(script, tmp_path):
+    tar_of(tmp_path / "b.tar", {"x/1.jpg": encoded(photo(1), "JPEG"), "x/1.json": b'{"caption": "from json", "n": 1}',
+                                "x/2.png": encoded(photo(2)), "x/2.json": b'{"key": "no caption here"}', "x/2.txt": b"from text",
+                                "x/3.webp": encoded(photo(3), "WEBP"), "x/3.json": b'{"key": "none"}'})
+    tar_of(tmp_path / "a.tar", {"0.5.png": encoded(photo(4)), "0.txt": "käse, 日本".encode(), "1.png": encoded(photo(5)), "1.txt": b"whole"})
+    whole = (tmp_path / "a.tar").read_bytes()
+    tar_of(tmp_path / "c.tar", {"9.txt": b"kept", "9.png": encoded(photo(6, (300, 300))), "10.png": encoded(photo(7, (300, 300))), "10.txt": b"lost"})
+    cut = (tmp_path / "c.tar").read_bytes()
+    for source, end in ((tmp_path, 71_200), (f"{tmp_path}/*.tar", 512 * 91)):  # inside the second picture; between two files
+        (tmp_path / "c.tar").write_bytes(cut[:end])
+        out = tmp_path / f"d{end}"
+        script("prepare_latents.py", "--source", source, "--out", out)
+        _, captions = prepared(out)
+        assert captions[:2] == ["käse, 日本", "whole"]  # in the order of the tars' names, then of their files
+        assert {"whole", "from json", "from text", "kept"} <= set(captions) and "lost" not in captions
+        skipped = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
+        assert ["b.tar/x/3.webp", "no caption"] in [[s["source"], s["reason"]] for s in skipped]
+        assert any(s["source"].startswith("c.tar") and "breaks off" in s["reason"] for s in skipped)
+    assert (tmp_path / "a.tar").read_bytes() == whole
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--source=nowhere"], "no source nowhere"), (["--source={tmp}/empty"], "no pictures"), (["--source={tmp}/bad"], "skipped.jsonl"),
+    (["--vae=none"], "unknown autoencoder 'none'"), (["--text_encoder=none"], "unknown text encoder 'none'"),
+    (["--resolutions=31"], "not a multiple of 2"), (["--shard_size=0"], "shard_size is 0"), (["--device=abacus"], "this machine has")])
+def test_bad_arguments(script, tmp_path, args, words):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/a.png").write_bytes(b"x")
+    message = script("prepare_latents.py", "--out", tmp_path / "d", *[a.format(tmp=tmp_path) for a in args], fails=True)
+    assert words in message
+    assert "skipped.jsonl" in words or not (tmp_path / "d").exists()
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+def test_disk_full_while_writing_a_shard_keeps_what_was_there(script, small_disk):
+    disk = small_disk(2)
+    args = ("prepare_latents.py", "--out", disk / "d", "--limit", 400, "--shard_size", 50, "--resolutions", 32)
+    message = script(*args, fails=True)
+    assert "disk full" in message and "goes on from there" in message
+    info = json.loads((disk / "d/dataset.json").read_text())
+    assert not info["complete"] and info["rows"] == 50 * len(info["shards"]) > 0
+    assert not list((disk / "d").glob("*.tmp"))
+    with pytest.raises(ValueError, match="partly prepared"):
+        Dataset(disk / "d", 16)
+    os.system(f"mount -o remount,size=20m {disk}")
+    script(*args)
+    assert prepared(disk / "d")[1] == [shapes.scene(i)[1] for i in range(400)]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_write_atomic_leaves_the_old_file(tmp_path, code):
+    dataset.write_atomic(tmp_path / "f", lambda file: file.write(b"old"))
+
+    def fail(file):
+        file.write(b"half")
+        raise OSError(code, "full")
+    with pytest.raises(dataset.DiskFull, match="disk full while writing .*f"):
+        dataset.write_atomic(tmp_path / "f", fail)
+    assert (tmp_path / "f").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_damaged_or_missing_parts_are_named(script, tmp_path):
+    out = tmp_path / "d"
+    script("prepare_latents.py", "--out", out, "--limit", 20, "--resolutions", 16)
+    with pytest.raises(ValueError, match="no prepared data in .*nothing.*prepare_latents.py"):
+        Dataset(tmp_path / "nothing", 8)
+    with pytest.raises(ValueError, match="latents of size 8 \\(16 px\\), not 16.*--resolutions 32"):
+        Dataset(out, 16)
+    captions, latents = out / "00000.captions.npy", out / "00000.latents16.npy"
+    good = captions.read_bytes()
+    for damage in (good[:-1], good[:50], b""):
+        captions.write_bytes(damage)
+        with pytest.raises(ValueError, match="00000.captions.npy is missing or cut short"):
+            Dataset(out, 8)
+    np.save(captions, np.zeros((19, 16, 128), np.float16))
+    with pytest.raises(ValueError, match="dataset.json says float16 \\(20, 16, 128\\)"):
+        Dataset(out, 8)
+    captions.write_bytes(good)
+    latents.unlink()
+    with pytest.raises(ValueError, match="00000.latents16.npy is missing"):
+        Dataset(out, 8)
+    (out / "dataset.json").write_text('{"format": ')
+    with pytest.raises(ValueError, match="not readable JSON"):
+        Dataset(out, 8)
+
+
+# --- the stand-in encoders -------------------------------------------------------------------------------------------
+
+def test_pixels_is_lossless():
+    vae = encoders.load_vae("pixels")
+    images = torch.rand(2, 3, 8, 12) * 2 - 1
+    mean, logvar = vae.posterior(images)
+    assert mean.shape == logvar.shape == (2, 12, 4, 6)
+    torch.testing.assert_close(vae.encode(images), mean * vae.scaling_factor)
+    torch.testing.assert_close(vae.decode(vae.encode(images, torch.Generator())), images)
+    assert encoders.load_vae("pixels", scaling_factor=2.0).encode(images).allclose(2 * mean)
+
+
+def test_words_are_fixed_vectors_with_positions():
+    encode = encoders.load_text_encoder("words")
+    a, b, c, empty = encode(["red circle", "Circle, RED!", "red  circle.", ""])
+    assert a.shape == (16, 128) and torch.equal(a, c) and (empty == 0).all() and (a[2:] == 0).all()
+    torch.testing.assert_close(a[0] + a[1], b[0] + b[1])  # a word's vector and a position's, in either order
+    assert not torch.equal(a[0], b[1]) and abs(a[:2].std() - 1) < 0.2
+    assert torch.equal(encoders.load_text_encoder("words")(["red circle"])[0], a)
+    # the same on every machine: these numbers are part of the format of checkpoints
+    assert [round(v, 4) for v in encode.vector("red")[:4].tolist()] == [-0.751, -0.6834, -0.9675, -0.3992]
+    assert encode(["w " * 40])[0].abs().sum(-1).gt(0).all()
