@@ -4,9 +4,9 @@ How fast the training step is, as ratios that mean something on any machine, all
     python bench.py                         # Tiny/2: 200.7 M parameters, batch 4, 32x32 latents, 77x1024 captions
     python bench.py --mask_ratio 0
 
-Forward and backward of the loss in this machine's dtype, against (a) the time that its floating-point operations would take at
-the matmul rate measured between the steps, (b) the same step with the experts dispatched by one-hot matrices, the way that
-the released code does it. "useful" FLOPs are those of the network with gather and scatter: three times the forward pass.
+Forward and backward of the loss in float32, against (a) the time that its floating-point operations would take at the
+matmul rate measured between the steps, (b) the same step with the experts dispatched by one-hot matrices, as in the
+released code. "useful" FLOPs are those of the network with gather and scatter: three times the forward pass.
 """
 from configurator import configure
 
@@ -61,9 +61,12 @@ def one_hot_dispatch():
 def batch(config, device):
     """Arguments of edm_loss after the network"""
     shape = (batch_size, config.latent_channels, config.latent_size, config.latent_size)
-    ids = kept_patches(torch.rand(batch_size, config.tokens, device="cpu"), mask_ratio).to(device) if mask_ratio else None
+    ids = None
+    if mask_ratio:
+        ids = kept_patches(torch.rand(batch_size, config.tokens, device="cpu"), mask_ratio).to(device)
     latents, noise = (torch.randn(shape, device=device) for _ in range(2))
-    return latents, torch.randn(batch_size, 77, config.caption_dim, device=device), torch.rand(batch_size, device=device) + 0.1, noise, ids
+    caption = torch.randn(batch_size, 77, config.caption_dim, device=device)
+    return latents, caption, torch.rand(batch_size, device=device) + 0.1, noise, ids
 
 
 def step_flops(config, context=contextlib.nullcontext):
@@ -113,7 +116,8 @@ def main():
     median = {name: statistics.median(t) for name, t in times.items()}
     peak = 10 * 2 * 2048 ** 3 / median["matmul 2048"]
     useful, one_hot = step_flops(config), step_flops(config, one_hot_dispatch)
-    print(f"{where.type} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads), torch {torch.__version__}, float32; "
+    print(f"{where.type} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads), "
+          f"torch {torch.__version__}, float32; "
           f"Tiny/2, batch {batch_size}, mask ratio {mask_ratio}, median of {rounds}")
     print(f"matmul 2048 x 2048: {peak / 1e9:.0f} GFLOP/s")
     for name, flops in (("this code", useful), ("one-hot dispatch", one_hot)):

@@ -33,7 +33,8 @@ def newest(root="runs"):
     """The newest checkpoint of all runs; ValueError if there is none"""
     found = sorted(Path(root).glob("*/step_*.safetensors"), key=os.path.getmtime)
     if not found:
-        raise ValueError(f"no checkpoint in {root}/*/: train one with `python train.py config/tiny.py`, or name one with --checkpoint")
+        raise ValueError(f"no checkpoint in {root}/*/: train one with `python train.py config/tiny.py`, or name one "
+                         "with --checkpoint")
     return found[-1]
 
 
@@ -53,7 +54,7 @@ def find(path):
 
 
 def read(path, prefixes=()):
-    """(run, {name: tensor}) of the tensors under these prefixes; ValueError if the file is cut short or something else."""
+    """(run, {name: tensor}) of the tensors under these prefixes; ValueError if it is cut short or something else."""
     try:
         with safe_open(path, "pt") as file:
             run = json.loads((file.metadata() or {})["run"])

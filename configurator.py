@@ -58,7 +58,8 @@ def setting_comments(source):
 
 
 def print_help(doc, source, defaults):
-    print((doc or "").strip(), "\n\nSettings (--name=value or --name value; a first argument without dashes is a config file):\n")
+    print((doc or "").strip())
+    print("\nSettings (--name=value or --name value; a first argument without dashes is a config file):\n")
     comments = setting_comments(source)
     width = max(len(name) for name in defaults) + 2
     for name, value in defaults.items():
@@ -77,8 +78,8 @@ def parse_command_line(args, defaults):
         arg, i = args[i], i + 1
         if not arg.startswith("--"):
             if config_file or overrides:
-                raise ValueError(f"do not know what to do with '{arg}': settings are given as --name=value, and one config "
-                                 "file comes first")
+                raise ValueError(f"do not know what to do with '{arg}': settings are given as --name=value, and one "
+                                 "config file comes first")
             config_file = arg
             continue
         name, equals, text = arg[2:].partition("=")
@@ -127,7 +128,8 @@ def read_config(path, defaults):
     try:
         exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), found)
     except Exception as error:
-        line = getattr(error, "lineno", None) or (error.__traceback__.tb_next.tb_lineno if error.__traceback__.tb_next else "?")
+        inside = error.__traceback__.tb_next
+        line = getattr(error, "lineno", None) or (inside.tb_lineno if inside else "?")
         raise ValueError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
     settings = {}
     for name, value in found.items():

@@ -31,9 +31,10 @@ def write_atomic(path, write):
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error):  # safetensors' words
-            raise DiskFull(f"disk full while writing {path}: nothing that was there before is lost. Free some space and "
-                           "run the same command again, it goes on from there") from None
+        # safetensors has an error of its own, which has no errno
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error):
+            raise DiskFull(f"disk full while writing {path}: nothing that was there before is lost. Free some space "
+                           "and run the same command again, it goes on from there") from None
         raise
 
 
@@ -75,10 +76,11 @@ def read_info(folder):
 
 
 def check_same_encoders(info, folder, other, other_name):
-    """ValueError if `folder` was prepared with another autoencoder or text encoder than `other`, a dict of the same keys"""
+    """ValueError if `folder` was prepared with another autoencoder or text encoder than `other` says"""
     for key in ("vae", "text_encoder"):
         if info[key] != other[key]:
-            raise ValueError(f"{folder} was prepared with {key} {info[key]}, but {other_name} with {other[key]}: use the same")
+            raise ValueError(f"{folder} was prepared with {key} {info[key]}, but {other_name} with {other[key]}: use "
+                             "the same")
 
 
 class Dataset:
@@ -87,13 +89,14 @@ class Dataset:
     def __init__(self, folder, latent_size):
         self.folder, self.info = Path(folder), read_info(folder)
         if not self.info["complete"]:
-            raise ValueError(f"{folder} is only partly prepared: run its prepare_latents.py command again, it goes on from there")
+            raise ValueError(f"{folder} is only partly prepared: run its prepare_latents.py command again, it goes on "
+                             "from there")
         vae, text = self.info["vae"], self.info["text_encoder"]
         sizes = {r // vae["downsample"]: r for r in self.info["resolutions"]}
         if latent_size not in sizes:
             there = ", ".join(f"{s} ({r} px)" for s, r in sizes.items())
-            raise ValueError(f"{folder} has latents of size {there}, not {latent_size}: set latent_size, or prepare it with "
-                             f"--resolutions {latent_size * vae['downsample']}")
+            raise ValueError(f"{folder} has latents of size {there}, not {latent_size}: set latent_size, or prepare it "
+                             f"with --resolutions {latent_size * vae['downsample']}")
         latent_shape = (vae["latent_channels"], latent_size, latent_size)
         self.latents, self.captions = [], []
         for shard in self.info["shards"]:
@@ -107,10 +110,11 @@ class Dataset:
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"{path} is missing or cut short ({error}): prepare the folder again with --overwrite") from None
+            raise ValueError(f"{path} is missing or cut short ({error}): prepare the folder again with "
+                             "--overwrite") from None
         if array.shape != shape or array.dtype != np.float16:
-            raise ValueError(f"{path} holds {array.dtype} {array.shape}, dataset.json says float16 {shape}: prepare the folder "
-                             "again with --overwrite")
+            raise ValueError(f"{path} holds {array.dtype} {array.shape}, dataset.json says float16 {shape}: prepare "
+                             "the folder again with --overwrite")
         return array
 
     def __len__(self):
@@ -130,5 +134,6 @@ class Dataset:
             local = {i - int(self.starts[s]) for i in wanted if self.starts[s] <= i < self.starts[s + 1]}
             if local:
                 with open(self.folder / f"{shard['name']}.rows.jsonl", encoding="utf-8") as file:
-                    found |= {int(self.starts[s]) + n: json.loads(line)["caption"] for n, line in enumerate(file) if n in local}
+                    lines = {n: line for n, line in enumerate(file) if n in local}
+                found |= {int(self.starts[s]) + n: json.loads(line)["caption"] for n, line in lines.items()}
         return [found[int(i)] for i in ids]

@@ -4,9 +4,9 @@ How well a network trained on the built-in drawn set draws what its prompts say,
     python eval_shapes.py                                   # the newest run, sample.py's default settings
     python eval_shapes.py --checkpoint runs/small --count 256 --guidance_scale 3
 
-One picture per prompt, the first draw, scored as it is: `count` prompts of the kind that the network was trained on, from seeds
-that no training set uses, then `count` prompts whose colour-shape pairs were all kept out of training. Each row also has the
-score of drawn pictures (what the reader can see) and of a wrong picture each (chance).
+One picture per prompt, the first draw, scored as it is: `count` prompts of the kind that the network was trained on,
+from seeds that no training set uses, then `count` prompts whose colour-shape pairs were all kept out of training.
+Beside each score stand those of drawn pictures (what the reader can see) and of pictures of other prompts (chance).
 """
 from configurator import configure
 
@@ -49,7 +49,8 @@ def main():
         print(f"\n{model.name}, {count} prompts, {kind}:")
         for name in rows[0]:
             percents = [f"{100 * right / of:5.1f} %" if of else "   none" for right, of in (row[name] for row in rows)]
-            print(f"  {name:12} {percents[0]}  ({rows[0][name][0]} of {rows[0][name][1]};  drawn {percents[1]}, chance {percents[2]})")
+            right, of = rows[0][name]
+            print(f"  {name:12} {percents[0]}  ({right} of {of};  drawn {percents[1]}, chance {percents[2]})")
         if out:
             Path(out).parent.mkdir(parents=True, exist_ok=True)
             sample.picture_grid(images[:64], 8, 64).save(Path(out).with_suffix(".unseen.png" if held_out else ".png"))

@@ -1,7 +1,7 @@
 """
 MicroDiT ("Stretching Each Dollar", CVPR 2025, arXiv 2407.15811) and the EDM diffusion around it (Karras et al. 2022).
 
-    noisy latent -> patches -> patch mixer over ALL patches -> drop 75 % of them -> backbone over the kept ones -> denoised
+    noisy latent -> patches -> patch mixer over ALL of them -> drop 75 % -> backbone over the kept ones -> denoised
 
 Letters in the shape comments: B images, T = (H/p)(W/p) patches, K kept patches, L caption tokens, d width of a block,
 D width of the backbone, E experts, k tokens an expert takes per image.
@@ -152,8 +152,11 @@ class Block(nn.Module):
         width = dim if attn_ratio == 1 else round_up(int(dim * attn_ratio), 2 * c.head_dim)
         self.attn = Attention(dim, width, c.head_dim)
         self.cross_attn = Attention(dim, dim, c.head_dim, cross=True)
-        self.mlp = (ExpertChoiceMLP(dim, round_up(int(dim * mlp_ratio), c.mlp_multiple), c.num_experts, c.expert_capacity)
-                    if sparse else SwiGLU(dim, swiglu_hidden(dim, mlp_ratio, c.mlp_multiple)))
+        if sparse:
+            hidden = round_up(int(dim * mlp_ratio), c.mlp_multiple)
+            self.mlp = ExpertChoiceMLP(dim, hidden, c.num_experts, c.expert_capacity)
+        else:
+            self.mlp = SwiGLU(dim, swiglu_hidden(dim, mlp_ratio, c.mlp_multiple))
         self.modulation = nn.Linear(c.dim, 6 * dim)
 
     def forward(self, x, caption, cond):
@@ -252,7 +255,7 @@ def gather_tokens(x, ids):
 
 
 class MicroDiT(nn.Module):
-    """F(c_in x; c_noise, caption) of EDM: patch mixer, deferred masking, layer-wise scaled backbone (paper, section 3)."""
+    """F(c_in x; c_noise, caption) of EDM: patch mixer, deferred masking, layer-wise scaled backbone (paper, sec. 3)."""
 
     def __init__(self, config):
         super().__init__()
@@ -292,7 +295,7 @@ class MicroDiT(nn.Module):
         x = self.patch_embed(x).flatten(2).transpose(1, 2) + self.pos_embed                      # (B, T, D)
         caption = self.caption_block(self.caption_embed(caption))                                # (B, L, D)
         noise = self.noise_embed(noise_level_features(c_noise).to(self.noise_embed[0].weight.dtype))
-        cond = gelu_tanh(noise + self.pooled_embed(caption.mean(1)))                             # (B, D), for every adaLN
+        cond = gelu_tanh(noise + self.pooled_embed(caption.mean(1)))                             # (B, D), of all adaLNs
 
         if c.mixer_depth:
             x, mixer_caption = self.mixer_in(x), self.mixer_caption(caption)                     # (B, T, d), (B, L, d)
@@ -314,7 +317,7 @@ class MicroDiT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Xavier-uniform Linears, except where the paper's code uses a normal (0.02), scaled by depth at the outputs."""
+        """Xavier-uniform Linears, except where the paper's code has a normal (0.02), scaled by depth at the outputs."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -352,11 +355,13 @@ class MicroDiT(nn.Module):
             net = cls(config)
         wanted = {official_name(n): (n, p) for n, p in net.named_parameters()}
         given = {n: t for n, t in state_dict.items() if n not in ("pos_embed", "mask_token")}
-        problems = [f"missing {n}" for n in wanted if n not in given] + [f"left over {n}" for n in given if n not in wanted]
-        problems += [f"{n} is {tuple(given[n].shape)}, the config wants {tuple(p.shape)}" for n, (_, p) in wanted.items()
-                     if n in given and given[n].shape != p.shape]
+        problems = [f"missing {n}" for n in wanted if n not in given]
+        problems += [f"left over {n}" for n in given if n not in wanted]
+        problems += [f"{n} is {tuple(given[n].shape)}, the config wants {tuple(p.shape)}"
+                     for n, (_, p) in wanted.items() if n in given and given[n].shape != p.shape]
         if problems:
-            raise ValueError(f"the state dict does not fit the config in {len(problems)} tensors: {'; '.join(problems[:5])}")
+            raise ValueError(f"the state dict does not fit the config in {len(problems)} tensors: "
+                             + "; ".join(problems[:5]))
         net.load_state_dict({n: given[o].to(torch.float32, copy=True) for o, (n, _) in wanted.items()}, assign=True)
         with torch.device("cpu"):
             net.pos_embed = position_table(config).to(net.final.linear.weight.device)
@@ -373,8 +378,9 @@ class MicroDiT(nn.Module):
 
 OFFICIAL_NAMES = [  # (start of our name, start of the released name), then the parts that differ inside a block
     ("patch_embed.", "x_embedder.proj."), ("noise_embed.", "t_embedder.mlp."), ("caption_embed.", "y_embedder.y_proj."),
-    ("caption_block.", "y_emb_preprocess."), ("pooled_embed.", "pooled_y_emb_process."), ("mixer_in.", "patch_mixer_map_xin."),
-    ("mixer_out.", "patch_mixer_map_xout."), ("mixer_caption.", "patch_mixer_map_y."), ("mixer.", "patch_mixer."),
+    ("caption_block.", "y_emb_preprocess."), ("pooled_embed.", "pooled_y_emb_process."),
+    ("mixer_in.", "patch_mixer_map_xin."), ("mixer_out.", "patch_mixer_map_xout."),
+    ("mixer_caption.", "patch_mixer_map_y."), ("mixer.", "patch_mixer."),
     ("final.norm.", "final_layer.norm_final."), ("final.", "final_layer.")]
 OFFICIAL_PARTS = [(".modulation.", ".adaLN_modulation.1."), (".cross_attn.q.", ".cross_attn.q_linear."),
                   (".cross_attn.kv.", ".cross_attn.kv_linear."), (".mlp.router.", ".mlp.gate.")]
@@ -454,8 +460,8 @@ def sample(net, noise, caption, steps=30, guidance_scale=5.0, sampler="heun", si
     """Latents (B,C,H,W) from noise ~ N(0, 1) of that shape and captions (B,L,Dc).
 
     Guidance D_negative + w (D_caption - D_negative) runs both branches in one batch; guidance 1 runs one.
-    negative_caption (B,L,Dc) defaults to zeros, what caption dropout trains. "heun" costs 2*steps-1 evaluations, "dpmpp_2m"
-    `steps`. on_step() is called after each step. The state is float64 where the device has it.
+    negative_caption (B,L,Dc) defaults to zeros, what caption dropout trains. "heun" costs 2*steps-1 evaluations,
+    "dpmpp_2m" `steps`. on_step() is called after each step. The state is float64 where the device has it.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}: there are {', '.join(SAMPLERS)}")

@@ -5,9 +5,9 @@ Pictures and captions -> latents and caption embeddings on disk, ready for train
     python prepare_latents.py --source photos --out data/photos --resolutions 256
     python prepare_latents.py --source 'shards/*.tar' --out data/web --resolutions 256 512
 
-A source is "shapes" (the drawn set), a folder of pictures with a .txt caption beside each, or WebDataset tars (a .tar, a
-folder of them or a glob pattern) with a .txt or a .json {"caption": ...} beside each picture. Pictures that cannot be used
-are listed with their reason in skipped.jsonl. Killed and started again, it goes on after the last finished shard.
+A source is "shapes" (the drawn set), a folder of pictures with a .txt caption beside each, or WebDataset tars (a .tar,
+a folder of them or a glob pattern) with a .txt or a .json {"caption": ...} beside each picture. Pictures that cannot be
+used are listed with their reason in skipped.jsonl. Killed and started again, it goes on after the last finished shard.
 """
 from configurator import configure
 
@@ -62,7 +62,7 @@ def find_source(source):
     if source == "shapes":
         n = limit or SHAPES_ROWS
         return n, shape_pictures(n)
-    paths = [Path(p) for p in sorted(glob.glob(source, recursive=True))] if not Path(source).exists() else [Path(source)]
+    paths = [Path(source)] if Path(source).exists() else [Path(p) for p in sorted(glob.glob(source, recursive=True))]
     if len(paths) == 1 and paths[0].is_dir():
         folder = paths[0]
         tars = sorted(folder.glob("*.tar"))
@@ -73,7 +73,8 @@ def find_source(source):
             return len(names), folder_pictures(folder, names)
         paths = tars
     if not paths or any(p.suffix != ".tar" for p in paths):
-        raise ValueError(f"no source {source}: give 'shapes', a folder of pictures, or .tar files (path, folder or glob pattern)")
+        raise ValueError(f"no source {source}: give 'shapes', a folder of pictures, or .tar files (path, folder or "
+                         "glob pattern)")
     return sum(count_pictures(p) for p in paths), (item for p in paths for item in tar_pictures(p))
 
 
@@ -151,7 +152,7 @@ def load_picture(open_picture, shortest):
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = open_picture()
             if min(image.size) < shortest:
-                raise Unusable(f"too small: {image.width} x {image.height}, the shorter side must be at least {shortest}")
+                raise Unusable(f"too small: {image.width} x {image.height}, the shorter side must have {shortest}")
             image.load()
         return to_rgb(upright(image))
     except Unusable:
@@ -222,7 +223,8 @@ class Encoder:
     def write(self, folder, name):
         self.flush()
         n = len(self.rows)
-        write_shard(folder, name, {r: np.concatenate(a) for r, a in self.latents.items()}, np.concatenate(self.captions), self.rows)
+        latents = {r: np.concatenate(a) for r, a in self.latents.items()}
+        write_shard(folder, name, latents, np.concatenate(self.captions), self.rows)
         words = {word for row in self.rows for word in words_of(row["caption"])}
         too_long = sum(len(words_of(row["caption"])) > self.text.length for row in self.rows)
         self.start_shard()
@@ -238,18 +240,21 @@ def starting_point(folder, new):
     if not path.exists():
         return new
     info = read_info(folder)
-    differ = [f"{k}: {info['settings'].get(k)!r} there, {v!r} now" for k, v in new["settings"].items() if info["settings"].get(k) != v]
+    old = info["settings"]
+    differ = [f"{k}: {old.get(k)!r} there, {v!r} now" for k, v in new["settings"].items() if old.get(k) != v]
     if differ:
-        raise ValueError(f"{folder} was prepared with other settings ({'; '.join(differ)}): give another --out, or --overwrite")
+        raise ValueError(f"{folder} was prepared with other settings ({'; '.join(differ)}): give another --out, or "
+                         "--overwrite")
     return info
 
 
 def check_settings():
-    for name, value in [("batch_size", batch_size), ("shard_size", shard_size), *(("resolutions", r) for r in resolutions)]:
+    for name, value in (("batch_size", batch_size), ("shard_size", shard_size),
+                        ("resolutions", min(resolutions, default=0))):
         if value < 1:
             raise ValueError(f"{name} is {value}: it must be at least 1")
-    if not resolutions or limit < 0 or min_size < 0:
-        raise ValueError("resolutions needs a value; limit and min_size must not be negative")
+    if limit < 0 or min_size < 0:
+        raise ValueError("limit and min_size must not be negative")
 
 
 def main():
@@ -259,14 +264,15 @@ def main():
     autoencoder, text = load_vae(vae, where), load_text_encoder(text_encoder, where)
     for r in resolutions:
         if r % autoencoder.downsample:
-            raise ValueError(f"resolution {r} is not a multiple of {autoencoder.downsample}, by which '{vae}' shrinks pictures")
+            raise ValueError(f"resolution {r} is not a multiple of {autoencoder.downsample}, by which '{vae}' shrinks "
+                             "pictures")
     total, pictures = find_source(source)
     kept = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()
             if k not in ("out", "device", "overwrite", "batch_size")}
     info = starting_point(folder, {
         "format": FORMAT, "complete": False, "rows": 0, "skipped": {}, "captions_cut": 0, "shards": [], "words": [],
-        "vae": {"name": vae, "scaling_factor": autoencoder.scaling_factor, "latent_channels": autoencoder.latent_channels,
-                "downsample": autoencoder.downsample},
+        "vae": {"name": vae, "scaling_factor": autoencoder.scaling_factor,
+                "latent_channels": autoencoder.latent_channels, "downsample": autoencoder.downsample},
         "text_encoder": {"name": text_encoder, "length": text.length, "dim": text.dim},
         "resolutions": list(resolutions), "settings": kept})
     if info["complete"]:

@@ -47,7 +47,7 @@ from model import sample as draw_latents
 
 
 def load(path, device=None, ema=True, vae="", text_encoder=""):
-    """The network of a checkpoint (file or run folder), with its frozen ends as .vae and .text_encoder, ready to sample."""
+    """The network of a checkpoint (file or run folder), with its frozen ends as .vae and .text_encoder."""
     path = checkpoints.find(path)
     model, run = checkpoints.load_network(path, ema)
     data, device = run["data"], pick_device(device)
@@ -59,13 +59,14 @@ def load(path, device=None, ema=True, vae="", text_encoder=""):
     for end, have, want in (("vae", model.vae.latent_channels, model.config.latent_channels),
                             ("text_encoder", model.text_encoder.dim, model.config.caption_dim)):
         if have != want:
-            raise ValueError(f"the {end} gives {have} channels, the network of {path} was trained with {want}: leave --{end} out")
+            raise ValueError(f"the {end} gives {have} channels, the network of {path} was trained with {want}: leave "
+                             f"--{end} out")
     model.name, model.words = f"{path.parent.name}/{path.stem}", data.get("words", [])
     return model.to(device).eval().requires_grad_(False)
 
 
-def generate(model, prompts, steps=30, guidance_scale=5.0, seed=2024, sampler="heun", negative_prompts=None, sigma_max=80.0,
-             batch_size=16, progress=False):
+def generate(model, prompts, steps=30, guidance_scale=5.0, seed=2024, sampler="heun", negative_prompts=None,
+             sigma_max=80.0, batch_size=16, progress=False):
     """One PIL image per prompt. Picture i starts from noise that depends on seed + i alone, whatever the batch size.
 
     seed may be a list, one for each picture. negative_prompts: one for each prompt, or one for all.
@@ -76,9 +77,11 @@ def generate(model, prompts, steps=30, guidance_scale=5.0, seed=2024, sampler="h
     negative = negative * len(prompts) if len(negative) == 1 else negative
     for i, text in enumerate(prompts + negative):
         if not text.strip():
-            raise ValueError(f"{'prompt' if i < len(prompts) else 'negative prompt'} {i % len(prompts) + 1} is empty: describe a picture")
+            kind = "prompt" if i < len(prompts) else "negative prompt"
+            raise ValueError(f"{kind} {i % len(prompts) + 1} is empty: describe a picture")
     if len(negative) not in (0, len(prompts)) or len(seeds) != len(prompts):
-        raise ValueError(f"{len(prompts)} prompts, {len(negative)} negative prompts, {len(seeds)} seeds: give one for each prompt")
+        raise ValueError(f"{len(prompts)} prompts, {len(negative)} negative prompts, {len(seeds)} seeds: give one for "
+                         "each prompt")
     c, device = model.config, next(model.parameters()).device
     shape = (c.latent_channels, c.latent_size, c.latent_size)
     images = []
@@ -106,7 +109,8 @@ def picture_grid(images, columns, cell=128):
     w, h, gap = images[0].width * scale, images[0].height * scale, 4
     grid = Image.new("RGB", (columns * (w + gap) + gap, math.ceil(len(images) / columns) * (h + gap) + gap), "white")
     for i, image in enumerate(images):
-        grid.paste(image.resize((w, h), Image.Resampling.NEAREST), (gap + i % columns * (w + gap), gap + i // columns * (h + gap)))
+        row, column = divmod(i, columns)
+        grid.paste(image.resize((w, h), Image.Resampling.NEAREST), (gap + column * (w + gap), gap + row * (h + gap)))
     return grid
 
 
@@ -119,14 +123,15 @@ def all_prompts():
     if not texts:
         raise ValueError("no prompt: give --prompt \"...\" or --prompts_file")
     if len(negative_prompt) not in (0, 1, len(texts)):
-        raise ValueError(f"{len(negative_prompt)} negative prompts for {len(texts)} prompts: give one for all, or one for each")
+        raise ValueError(f"{len(negative_prompt)} negative prompts for {len(texts)} prompts: give one for all, or one "
+                         "for each")
     repeat = [t for t in texts for _ in range(images_per_prompt)]
     negative = negative_prompt * len(texts) if len(negative_prompt) == 1 else negative_prompt
     return repeat, [t for t in negative for _ in range(images_per_prompt)]
 
 
 def warn_unknown_words(model, texts):
-    """The stand-in encoder gives any word a vector, but only those of the training captions mean something to the network."""
+    """The stand-in encoder has a vector for any word, but the network only knows those of its training captions."""
     if not hasattr(model.text_encoder, "vectors"):
         return
     new = sorted({w for text in texts for w in words_of(text)} - set(model.words))
@@ -145,15 +150,17 @@ def main():
     pictures = []
     for model in models:
         warn_unknown_words(model, texts + negative)
-        pictures.append(generate(model, texts, steps, guidance_scale, seed, sampler, negative, sigma_max, batch_size, progress=True))
+        pictures.append(generate(model, texts, steps, guidance_scale, seed, sampler, negative, sigma_max, batch_size,
+                                 progress=True))
     folder.mkdir(parents=True, exist_ok=True)
     taken = [int(m.group()) for p in folder.glob("*.png") if (m := re.match(r"\d+", p.name))]
     number = max(taken, default=-1) + 1
     for model, images in zip(models, pictures):
         for i, image in enumerate(images):
             info = PngInfo()
-            used = {"prompt": texts[i], "negative_prompt": negative[i] if negative else "", "seed": seed + i, "steps": steps,
-                    "guidance_scale": guidance_scale, "sampler": sampler, "sigma_max": sigma_max, "checkpoint": model.name}
+            used = {"prompt": texts[i], "negative_prompt": negative[i] if negative else "", "seed": seed + i,
+                    "steps": steps, "guidance_scale": guidance_scale, "sampler": sampler, "sigma_max": sigma_max,
+                    "checkpoint": model.name}
             info.add_itxt("prompt", texts[i])
             info.add_itxt("seed", str(seed + i))
             info.add_itxt("settings", json.dumps(used))

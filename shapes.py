@@ -1,16 +1,16 @@
 """
-The built-in captioned picture set: coloured shapes on coloured backgrounds, drawn, so nothing is downloaded; and a reader
-that names what a picture shows, so that a network trained on the set can be scored without another network.
+The built-in captioned picture set: coloured shapes on coloured backgrounds, drawn, so nothing is downloaded; and a
+reader that names what a picture shows, so that a network trained on the set can be scored without another network.
 
     image, caption, attributes = shapes.scene(seed)        # "a small red circle left of a large blue square on a ..."
     shapes.read(image) == attributes                        # True
 
-Attributes are {"background": colour, "objects": [{"size", "color", "shape"}, ...], "relation": "left of" | "above" | None}.
-A picture shows two objects but not which one its caption named first. So the attributes always name the left or upper
-object first, and "right of" and "below" exist in captions alone.
+Attributes are {"background": colour, "objects": [{"size", "color", "shape"}, ...], "relation": "left of", "above" or
+None}. A picture shows two objects but not which one its caption named first. So the attributes always name the left or
+upper object first, and "right of" and "below" exist in captions alone.
 """
 import random
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 from PIL import Image
@@ -19,7 +19,7 @@ COLORS = {"red": (225, 30, 35), "orange": (255, 140, 0), "yellow": (250, 225, 40
           "cyan": (60, 205, 225), "blue": (35, 75, 215), "purple": (130, 40, 165), "pink": (255, 130, 190)}
 BACKGROUNDS = {"white": (255, 255, 255), "black": (10, 10, 10), "gray": (128, 128, 128), "brown": (105, 65, 35),
                "blue": COLORS["blue"], "green": COLORS["green"]}
-SIZES = {"small": 0.13, "large": 0.2}  # half the extent, as a fraction of the picture's side
+SIZES = {"small": 0.15, "large": 0.25}  # half the extent, as a fraction of the picture's side
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 # Pairs never drawn unless asked for (12.5 %): can the network compose what it only saw apart?
@@ -31,14 +31,14 @@ SUPERSAMPLE = 8     # antialiasing: points per pixel and axis
 
 
 def scene(seed, held_out=False, size=32):
-    """(PIL image of size x size, caption, attributes), the same for the same seed; held_out: every object a HELD_OUT pair."""
+    """(PIL image of size x size, caption, attributes) of a seed; held_out: every object is a HELD_OUT pair."""
     # Random.random() is the one method whose sequence Python promises to keep across versions
     rng = random.Random(seed)
     objects = [draw_object(rng, held_out)]
     relation = None
-    if rng.random() < 0.4:
+    if rng.random() < 0.35:
         relation = pick(rng, tuple(RELATIONS))
-        while (second := draw_object(rng, held_out))["color"] == objects[0]["color"]:
+        while not fit_together(objects[0], second := draw_object(rng, held_out)):
             pass
         objects.append(second)
     background = pick(rng, [b for b in BACKGROUNDS if b not in {o["color"] for o in objects}])
@@ -61,8 +61,13 @@ def draw_object(rng, held_out):
     return {"size": pick(rng, tuple(SIZES)), "color": color, "shape": shape}
 
 
+def fit_together(a, b):
+    """Two objects of one scene have different colours, and two large ones would leave no room"""
+    return a["color"] != b["color"] and "small" in (a["size"], b["size"])
+
+
 def place(rng, radii, relation):
-    """Centres in [0, 1]^2, uniform over the places where the objects fit and, with two of them, the relation is plain."""
+    """Centres in [0, 1]^2, uniform over the places where the objects fit and the relation, if any, is plain."""
     while True:
         centers = [tuple(r + MARGIN + rng.random() * (1 - 2 * (r + MARGIN)) for _ in "xy") for r in radii]
         if relation is None:
@@ -191,9 +196,9 @@ def read_object(pixels, back, region):
     return {"size": name, "color": color, "shape": shape}, center
 
 
-@lru_cache(maxsize=None)
+@cache
 def templates(shape, radius):
-    """[(coverage of a small window, offset of the centre)], the centre moved in half pixels around the window's middle"""
+    """[(coverage of a small window, offset of the centre)], the centre moved in half pixels around the middle"""
     window = 2 * int(radius + 3)
     shifts = np.arange(-1, 2.1, 0.5)
     return [(coverage(shape, radius, (window / 2 + x, window / 2 + y), window), np.array([x, y]))
@@ -216,9 +221,9 @@ def alpha_error(alpha, template, top, left):
 def score(images, wanted):
     """How often the pictures show the wanted attributes: {name: (right, of)}.
 
-    background and relation per picture, size, color, shape and color+shape per object, all: the whole picture. A picture that
-    cannot be read, or shows another number of objects, has all its objects wrong. With two objects the better of both
-    pairings counts, so that a wrong relation alone does not spoil the rest.
+    background and relation per picture, size, color, shape and color+shape per object, all: the whole picture. A
+    picture that cannot be read, or shows another number of objects, has all its objects wrong. With two objects the
+    better of both pairings counts, so that a wrong relation alone does not spoil the rest.
     """
     names = ("background", "color", "size", "shape", "color+shape", "relation", "all")
     right, of = dict.fromkeys(names, 0), dict.fromkeys(names, 0)

@@ -5,14 +5,14 @@ Prepared data -> checkpoints.
     python train.py config/tiny.py --mask_ratio 0 --out runs/unmasked
     torchrun --nproc_per_node=8 train.py config/small.py             # one process per GPU (or CPU)
 
-Everything random about a step is a function of (seed, step, index of the micro-batch in the global batch): the number of
-processes does not matter, and a run that is started again goes on bit by bit as if it had never stopped.
+Everything random about a step is a function of (seed, step, index of the micro-batch in the global batch): the number
+of processes does not matter, and a run that is started again goes on bit by bit as if it had never stopped.
 """
 from configurator import configure
 
 # data and output
 data = "data/shapes"          # prepared folder (prepare_latents.py)
-val_data = ""                 # prepared folder to validate on; empty: the last 1 % of `data`, which is then not trained on
+val_data = ""                 # prepared folder to validate on; empty: the last 1 % of `data`, never trained on
 out = ""                      # run folder; empty: runs/ and the config's name
 overwrite = False             # delete what an earlier run left in `out`
 init_from = ""                # start from the weights of this checkpoint or run folder
@@ -112,7 +112,7 @@ def generator(*key):
 
 
 class Batches:
-    """Micro-batch m of step s: rows of a seeded permutation per epoch, noise levels, noise, mask and caption dropout."""
+    """Micro-batch m of step s: rows of a seeded permutation per epoch, noise levels, noise, mask, caption dropout."""
 
     def __init__(self, dataset, rows, tokens, micros):
         self.dataset, self.rows, self.tokens, self.micros = dataset, rows, tokens, micros
@@ -180,12 +180,13 @@ def by_level(total, count, mean, std):
 
 
 def check_settings(world):
-    positive = ("batch_size", "micro_batch_size", "max_steps", "log_every", "keep_checkpoints", "sample_steps", "learning_rate", "p_std")
-    for name in positive:
+    for name in ("batch_size", "micro_batch_size", "max_steps", "log_every", "keep_checkpoints", "sample_steps",
+                 "learning_rate", "p_std"):
         if globals()[name] <= 0:
             raise ValueError(f"{name} is {globals()[name]}: it must be above 0")
     if batch_size % (micro_batch_size * world):
-        raise ValueError(f"batch_size {batch_size} is not a multiple of micro_batch_size {micro_batch_size} x {world} processes")
+        raise ValueError(f"batch_size {batch_size} is not a multiple of micro_batch_size {micro_batch_size} x {world} "
+                         "processes")
     for name, options in (("schedule", ("cosine", "constant")), ("dtype", ("auto", "bfloat16", "float32"))):
         if globals()[name] not in options:
             raise ValueError(f"{name} is '{globals()[name]}': it must be {' or '.join(options)}")
@@ -237,7 +238,8 @@ def find_resume(folder, run):
     if old["settings"]["max_steps"] > max_steps:
         differ.append(f"max_steps: {old['settings']['max_steps']} there, {max_steps} now (it may only grow)")
     if differ:
-        raise ValueError(f"{folder} holds another run: {'; '.join(differ)}. Give another --out, or --overwrite to delete that run")
+        raise ValueError(f"{folder} holds another run: {'; '.join(differ)}. Give another --out, or --overwrite to "
+                         "delete that run")
     return steps[-1]
 
 
@@ -265,8 +267,8 @@ class Trainer:
         try:
             self.net.load_state_dict(checkpoint.strip(tensors, "model."))
         except RuntimeError:
-            differ = [f"{k}: {run['config'].get(k)} there, {v} now" for k, v in json.loads(json.dumps(self.run["config"])).items()
-                      if run["config"].get(k) != v]
+            theirs, ours = run["config"], json.loads(json.dumps(self.run["config"]))
+            differ = [f"{k}: {theirs.get(k)} there, {v} now" for k, v in ours.items() if theirs.get(k) != v]
             raise ValueError(f"the weights of {path} do not fit this network ({'; '.join(differ)})") from None
 
     def update_ema(self):
@@ -276,7 +278,8 @@ class Trainer:
         if self.ema is None:
             self.ema = copy.deepcopy(self.net).requires_grad_(False)
         else:
-            torch._foreach_lerp_(list(self.ema.parameters()), [p.detach() for p in self.net.parameters()], 1 - ema_decay)
+            weights = [p.detach() for p in self.net.parameters()]
+            torch._foreach_lerp_(list(self.ema.parameters()), weights, 1 - ema_decay)
 
     def best(self):
         return self.ema or self.net
@@ -315,8 +318,9 @@ class Log:
     def __init__(self, folder, step, main_process):
         self.path, self.main = Path(folder) / "log.jsonl", main_process
         if self.main and self.path.exists():  # lines of steps that are done again
-            kept = [line for line in self.path.read_text().splitlines(True) if line.endswith("\n") and json.loads(line)["step"] <= step]
-            write_atomic(self.path, lambda file: file.write("".join(kept if step else []).encode()))
+            lines = [line for line in self.path.read_text().splitlines(True) if line.endswith("\n")]
+            kept = "".join(line for line in lines if json.loads(line)["step"] <= step) if step else ""
+            write_atomic(self.path, lambda file: file.write(kept.encode()))
 
     def __call__(self, text, **values):
         if self.main:
@@ -411,8 +415,8 @@ def main():
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         parameters = sum(p.numel() for p in trainer.net.parameters())
-        print(f"{folder}: {parameters / 1e6:.1f} M parameters, {rows:,} pictures, {max_steps:,} steps of {batch_size} on "
-              f"{world} x {where.type}" + (f", going on from step {trainer.step:,}" if resume else ""))
+        print(f"{folder}: {parameters / 1e6:.1f} M parameters, {rows:,} pictures, {max_steps:,} steps of {batch_size} "
+              f"on {world} x {where.type}" + (f", going on from step {trainer.step:,}" if resume else ""))
     try:
         train(trainer, folder, train_set, rows, val_set, val_ids, where, autocast, rank, world)
     finally:
@@ -470,8 +474,9 @@ def train(trainer, folder, train_set, rows, val_set, val_ids, where, autocast, r
                 step=step, loss=loss, lr=lr, grad_norm=grad_norm.item(), images_per_s=rate, eta_s=eta,
                 loss_by_sigma=by_level(total, count, p_mean, p_std))
             if not math.isfinite(loss):
+                saved = (checkpoint.steps_of(folder) or ["none yet"])[-1]
                 raise ValueError(f"the loss is {loss} at step {step}: nothing was saved after the last checkpoint "
-                                 f"({(checkpoint.steps_of(folder) or ['none yet'])[-1]}). Try a lower learning_rate or grad_clip")
+                                 f"({saved}). Try a lower learning_rate or grad_clip")
             sums, started, counted = torch.zeros(2, BINS, dtype=torch.float64), time.time(), step
         pause = time.time()
         if eval_every and (step % eval_every == 0 or done):
@@ -493,7 +498,8 @@ def train(trainer, folder, train_set, rows, val_set, val_ids, where, autocast, r
 
 
 if __name__ == "__main__":
-    out = settings["out"] = out or f"runs/{Path(sys.argv[1]).stem if sys.argv[1:] and not sys.argv[1].startswith('--') else 'train'}"
+    config_given = sys.argv[1:] and not sys.argv[1].startswith("--")
+    out = settings["out"] = out or f"runs/{Path(sys.argv[1]).stem if config_given else 'train'}"
     try:
         main()
     except (ValueError, OSError) as error:

@@ -17,7 +17,13 @@ def launch(name, *args, fails=False, processes=1):
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    p = subprocess.run([*command, name, *map(str, args)], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    p = subprocess.run(
+        [*command, name, *map(str, args)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert (p.returncode != 0) == fails, p.stdout + p.stderr
     if fails:
         assert "Traceback" not in p.stderr, p.stderr
@@ -43,6 +49,7 @@ def small_disk(tmp_path):
             pytest.skip("mounting a tmpfs needs root")
         mounted.append(folder)
         return folder
+
     yield make
     for folder in mounted:
         subprocess.run(["umount", str(folder)], check=True)

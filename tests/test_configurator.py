@@ -1,10 +1,10 @@
 """The command line and config files, through a small script that prints its settings."""
+
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
 from conftest import ROOT
 
 SCRIPT = '''"""A script.
@@ -37,8 +37,13 @@ def run(tmp_path):
         if config is not None:
             (tmp_path / "config/a.py").write_text(config)
             args = ("config/a.py", *args)
-        p = subprocess.run([sys.executable, "script.py", *args], cwd=tmp_path, capture_output=True, text=True,
-                           env={"PYTHONPATH": str(ROOT), "PATH": ""})
+        p = subprocess.run(
+            [sys.executable, "script.py", *args],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env={"PYTHONPATH": str(ROOT), "PATH": ""},
+        )
         assert (p.returncode != 0) == fails, p.stderr
         assert "Traceback" not in p.stderr
         if fails:
@@ -46,6 +51,7 @@ def run(tmp_path):
             assert sorted(f.name for f in tmp_path.iterdir()) == ["config", "script.py"]
             return p.stderr
         return p.stdout if "--help" in args else eval(p.stdout)
+
     return run
 
 
@@ -58,25 +64,51 @@ def test_defaults_file_command_line(run):
     assert run("--steps=30", config="steps = 20\nrate = 2") == DEFAULTS | dict(steps=30, rate=2.0)
 
 
-@pytest.mark.parametrize("args, expected", [
-    (["--steps", "3"], dict(steps=3)), (["--rate=-1e-3"], dict(rate=-1e-3)), (["--rate", "-0.6"], dict(rate=-0.6)),
-    (["--name", "a b"], dict(name="a b")), (["--name="], dict(name="")), (["--name=--x=1"], dict(name="--x=1")),
-    (["--fast"], dict(fast=True)), (["--fast=False"], dict(fast=False)), (["--fast", "1", "--steps", "2"], dict(fast=True, steps=2)),
-    (["--sides", "16", "32"], dict(sides=(16, 32))), (["--sides=8"], dict(sides=(8,))),
-    (["--words", "a b", "c", "--steps=1"], dict(words=("a b", "c"), steps=1)), (["--steps=1", "--steps=2"], dict(steps=2))])
+@pytest.mark.parametrize(
+    "args, expected",
+    [
+        (["--steps", "3"], dict(steps=3)),
+        (["--rate=-1e-3"], dict(rate=-1e-3)),
+        (["--rate", "-0.6"], dict(rate=-0.6)),
+        (["--name", "a b"], dict(name="a b")),
+        (["--name="], dict(name="")),
+        (["--name=--x=1"], dict(name="--x=1")),
+        (["--fast"], dict(fast=True)),
+        (["--fast=False"], dict(fast=False)),
+        (["--fast", "1", "--steps", "2"], dict(fast=True, steps=2)),
+        (["--sides", "16", "32"], dict(sides=(16, 32))),
+        (["--sides=8"], dict(sides=(8,))),
+        (["--words", "a b", "c", "--steps=1"], dict(words=("a b", "c"), steps=1)),
+        (["--steps=1", "--steps=2"], dict(steps=2)),
+    ],
+)
 def test_values(run, args, expected):
     assert run(*args) == DEFAULTS | expected
 
 
-@pytest.mark.parametrize("args, config, words", [
-    (["--setps=3"], None, ["'setps'", "'steps'"]), ([], "setps = 3", ["config/a.py", "'setps'", "'steps'"]),
-    (["--steps=3.5"], None, ["--steps", "3.5", "whole number"]), ([], "steps = 'a'", ["config/a.py", "steps", "whole number"]),
-    ([], "steps = 1.0", ["steps", "1.0"]), ([], "steps = True", ["steps", "True"]), (["--rate", "x"], None, ["--rate", "number"]),
-    (["--fast=maybe"], None, ["--fast", "True or False"]), (["--sides", "a"], None, ["--sides", "whole number"]),
-    ([], "sides = 3", ["sides", "list"]), ([], "sides = (1, 'a')", ["sides", "'a'"]), (["--name"], None, ["--name needs a value"]),
-    (["stray", "more"], None, ["more"]), (["config/none.py"], None, ["config/none.py", "no config file"]),
-    ([], "steps = = 3", ["config/a.py", "line 1"]), ([], "\nsteps = 1 / 0", ["config/a.py", "line 2", "ZeroDivisionError"]),
-    (["--later=4"], None, ["'later'"]), (["--steps=1", "stray"], None, ["stray"])])
+@pytest.mark.parametrize(
+    "args, config, words",
+    [
+        (["--setps=3"], None, ["'setps'", "'steps'"]),
+        ([], "setps = 3", ["config/a.py", "'setps'", "'steps'"]),
+        (["--steps=3.5"], None, ["--steps", "3.5", "whole number"]),
+        ([], "steps = 'a'", ["config/a.py", "steps", "whole number"]),
+        ([], "steps = 1.0", ["steps", "1.0"]),
+        ([], "steps = True", ["steps", "True"]),
+        (["--rate", "x"], None, ["--rate", "number"]),
+        (["--fast=maybe"], None, ["--fast", "True or False"]),
+        (["--sides", "a"], None, ["--sides", "whole number"]),
+        ([], "sides = 3", ["sides", "list"]),
+        ([], "sides = (1, 'a')", ["sides", "'a'"]),
+        (["--name"], None, ["--name needs a value"]),
+        (["stray", "more"], None, ["more"]),
+        (["config/none.py"], None, ["config/none.py", "no config file"]),
+        ([], "steps = = 3", ["config/a.py", "line 1"]),
+        ([], "\nsteps = 1 / 0", ["config/a.py", "line 2", "ZeroDivisionError"]),
+        (["--later=4"], None, ["'later'"]),
+        (["--steps=1", "stray"], None, ["stray"]),
+    ],
+)
 def test_mistakes_are_one_clear_line(run, args, config, words):
     message = run(*args, config=config, fails=True)
     assert all(word in message for word in words), message
@@ -97,20 +129,31 @@ def test_help_shows_every_setting_with_default_and_comment(run):
 def test_every_script_answers_before_importing_torch(script, tmp_path):
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     for args, words in ((["--help"], "--device"), (["--devise=cpu"], "the nearest is 'device'")):
-        p = subprocess.run([sys.executable, script, *args], cwd=ROOT, capture_output=True, text=True,
-                           env={"PYTHONPATH": str(tmp_path), "PATH": ""})
+        p = subprocess.run(
+            [sys.executable, script, *args],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env={"PYTHONPATH": str(tmp_path), "PATH": ""},
+        )
         assert words in p.stdout + p.stderr, p.stderr
-    uncommented = [line for line in subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
-                   .stdout.splitlines() if line.startswith("  --") and len(line.split("  ")) < 3]
+    uncommented = [
+        line
+        for line in subprocess.run(
+            [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True
+        ).stdout.splitlines()
+        if line.startswith("  --") and len(line.split("  ")) < 3
+    ]
     assert not uncommented
 
 
 def test_train_has_every_field_of_the_network_as_a_setting():
     from dataclasses import fields
 
+    import train
     from configurator import setting_names
     from model import MicroDiTConfig
-    import train
+
     names = {f.name for f in fields(MicroDiTConfig)} - {"latent_channels", "caption_dim"}
     assert names <= set(setting_names(Path(ROOT / "train.py").read_text()))
     for f in fields(MicroDiTConfig):

@@ -1,4 +1,5 @@
 """prepare_latents.py and dataset.py: from pictures and captions to memmaps and back."""
+
 import errno
 import io
 import json
@@ -41,8 +42,11 @@ def prepared(folder, latent_size=16):
 
 # --- the drawn set ---------------------------------------------------------------------------------------------------
 
+
 def test_round_trip_of_the_drawn_set(script, tmp_path):
-    printed = script("prepare_latents.py", "--out", tmp_path / "d", "--limit", 50, "--shard_size", 20, "--resolutions", 16, 32)
+    printed = script(
+        "prepare_latents.py", "--out", tmp_path / "d", "--limit", 50, "--shard_size", 20, "--resolutions", 16, 32
+    )
     assert "50 rows in 3 shards" in printed
     text_encoder = encoders.load_text_encoder("words")
     for resolution in (16, 32):
@@ -56,7 +60,9 @@ def test_round_trip_of_the_drawn_set(script, tmp_path):
             assert captions[i] == caption
             np.testing.assert_allclose(embedding, text_encoder([caption])[0], atol=2e-3)
             if resolution == 32:
-                np.testing.assert_allclose(pixels(latent, data.info["vae"]["scaling_factor"]), np.asarray(image), atol=0.2)
+                np.testing.assert_allclose(
+                    pixels(latent, data.info["vae"]["scaling_factor"]), np.asarray(image), atol=0.2
+                )
     assert set(data.info["words"]) == {w for c in captions for w in encoders.words_of(c)}
     everything = data.rows(range(50))[0].astype(np.float32)
     assert 0.75 < everything.std() < 1.05  # near sigma_data
@@ -69,7 +75,9 @@ def test_started_again_it_goes_on_and_gives_the_same_bytes(script, tmp_path):
     # as if killed while it wrote the third shard
     info = json.loads((tmp_path / "part/dataset.json").read_text())
     first_two = info["shards"][:2]
-    (tmp_path / "part/dataset.json").write_text(json.dumps(info | {"complete": False, "shards": first_two, "rows": 40}))
+    (tmp_path / "part/dataset.json").write_text(
+        json.dumps(info | {"complete": False, "shards": first_two, "rows": 40})
+    )
     (tmp_path / "part/00002.captions.npy").write_bytes(b"cut")
     with pytest.raises(ValueError, match="only partly prepared"):
         Dataset(tmp_path / "part", 8)
@@ -89,13 +97,27 @@ def test_started_again_it_goes_on_and_gives_the_same_bytes(script, tmp_path):
 
 # --- folders and tars ------------------------------------------------------------------------------------------------
 
+
 def bad_pictures():
     good = encoded(photo(0, (300, 300)))
     header = b"\x89PNG\r\n\x1a\n"
     chunk = b"IHDR" + (60_000).to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
-    bomb = header + (13).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big") + b"\0\0\0\0IDAT" + zlib.crc32(b"IDAT").to_bytes(4, "big")
-    return {"truncated.png": good[:len(good) // 2], "truncated.jpg": encoded(photo(1, (300, 300)), "JPEG")[:700], "empty.jpg": b"",
-            "text.png": b"not a picture", "small.png": encoded(photo(2, (31, 60))), "bomb.png": bomb}
+    bomb = (
+        header
+        + (13).to_bytes(4, "big")
+        + chunk
+        + zlib.crc32(chunk).to_bytes(4, "big")
+        + b"\0\0\0\0IDAT"
+        + zlib.crc32(b"IDAT").to_bytes(4, "big")
+    )
+    return {
+        "truncated.png": good[: len(good) // 2],
+        "truncated.jpg": encoded(photo(1, (300, 300)), "JPEG")[:700],
+        "empty.jpg": b"",
+        "text.png": b"not a picture",
+        "small.png": encoded(photo(2, (31, 60))),
+        "bomb.png": bomb,
+    }
 
 
 def test_a_folder_with_every_kind_of_trouble(script, tmp_path):
@@ -104,10 +126,16 @@ def test_a_folder_with_every_kind_of_trouble(script, tmp_path):
     grey16 = Image.fromarray((np.arange(40 * 40, dtype=np.uint32).reshape(40, 40) * 40).astype(np.uint16))
     turned = Image.Exif()
     turned[0x0112] = 6  # the camera was held upright
-    odd = {"cmyk.jpg": encoded(photo(3, mode="CMYK"), "JPEG", quality=95), "palette.png": encoded(photo(4).quantize(16)),
-           "grey16.png": encoded(grey16), "grey.png": encoded(photo(5, mode="L")), "deep/plain.webp": encoded(photo(6), "WEBP"),
-           "clear.png": encoded(Image.new("RGBA", (40, 40), (255, 0, 0, 0))), "tall.bmp": encoded(photo(7, (32, 90)), "BMP"),
-           "turned.jpg": encoded(photo(8, (64, 32)), "JPEG", exif=turned)}
+    odd = {
+        "cmyk.jpg": encoded(photo(3, mode="CMYK"), "JPEG", quality=95),
+        "palette.png": encoded(photo(4).quantize(16)),
+        "grey16.png": encoded(grey16),
+        "grey.png": encoded(photo(5, mode="L")),
+        "deep/plain.webp": encoded(photo(6), "WEBP"),
+        "clear.png": encoded(Image.new("RGBA", (40, 40), (255, 0, 0, 0))),
+        "tall.bmp": encoded(photo(7, (32, 90)), "BMP"),
+        "turned.jpg": encoded(photo(8, (64, 32)), "JPEG", exif=turned),
+    }
     for name, data in (odd | bad_pictures()).items():
         (source / name).write_bytes(data)
         (source / name).with_suffix(".txt").write_text(f"caption of {name}\n")
@@ -116,13 +144,20 @@ def test_a_folder_with_every_kind_of_trouble(script, tmp_path):
     printed = script("prepare_latents.py", "--source", source, "--out", tmp_path / "d")
     data, captions = prepared(tmp_path / "d")
     assert sorted(captions) == sorted(f"caption of {name}" for name in odd)
-    skipped = {s["source"]: s["reason"] for s in map(json.loads, (tmp_path / "d/skipped.jsonl").read_text().splitlines())}
+    skipped = {
+        s["source"]: s["reason"] for s in map(json.loads, (tmp_path / "d/skipped.jsonl").read_text().splitlines())
+    }
     assert skipped.keys() == {*bad_pictures(), "silent.png"}
-    assert "too small: 31 x 60" in skipped["small.png"] and "Bomb" in skipped["bomb.png"] and skipped["silent.png"] == "no caption"
+    assert (
+        "too small: 31 x 60" in skipped["small.png"]
+        and "Bomb" in skipped["bomb.png"]
+        and skipped["silent.png"] == "no caption"
+    )
     assert "skipped 1: too small" in printed and "skipped 1: no caption" in printed
 
     def picture(name):
         return pixels(data.latents[0][captions.index(f"caption of {name}")], data.info["vae"]["scaling_factor"])
+
     np.testing.assert_allclose(picture("clear.png"), 255, atol=0.3)  # transparency becomes white
     expected = np.asarray(grey16.crop((0, 0, 40, 40)), float) / 257
     assert abs(picture("grey16.png").mean() - expected.mean()) < 2 and picture("grey16.png").std() > 40
@@ -130,7 +165,11 @@ def test_a_folder_with_every_kind_of_trouble(script, tmp_path):
     difference = abs(picture("cmyk.jpg") - np.asarray(photo(3).resize((40, 32)).crop((4, 0, 36, 32)), float))
     assert difference.mean() < 8
     rows = [json.loads(line) for line in (tmp_path / "d/00000.rows.jsonl").read_text().splitlines()]
-    assert {(r["source"], r["width"], r["height"]) for r in rows} >= {("deep/plain.webp", 40, 32), ("tall.bmp", 32, 90), ("turned.jpg", 32, 64)}
+    assert {(r["source"], r["width"], r["height"]) for r in rows} >= {
+        ("deep/plain.webp", 40, 32),
+        ("tall.bmp", 32, 90),
+        ("turned.jpg", 32, 64),
+    }
 
 
 def tar_of(path, files):
@@ -142,14 +181,42 @@ def tar_of(path, files):
 
 
 def test_webdataset_tars(script, tmp_path):
-    tar_of(tmp_path / "b.tar", {"x/1.jpg": encoded(photo(1), "JPEG"), "x/1.json": b'{"caption": "from json", "n": 1}',
-                                "x/2.png": encoded(photo(2)), "x/2.json": b'{"key": "no caption here"}', "x/2.txt": b"from text",
-                                "x/3.webp": encoded(photo(3), "WEBP"), "x/3.json": b'{"key": "none"}'})
-    tar_of(tmp_path / "a.tar", {"0.5.png": encoded(photo(4)), "0.txt": "käse, 日本".encode(), "1.png": encoded(photo(5)), "1.txt": b"whole"})
+    tar_of(
+        tmp_path / "b.tar",
+        {
+            "x/1.jpg": encoded(photo(1), "JPEG"),
+            "x/1.json": b'{"caption": "from json", "n": 1}',
+            "x/2.png": encoded(photo(2)),
+            "x/2.json": b'{"key": "no caption here"}',
+            "x/2.txt": b"from text",
+            "x/3.webp": encoded(photo(3), "WEBP"),
+            "x/3.json": b'{"key": "none"}',
+        },
+    )
+    tar_of(
+        tmp_path / "a.tar",
+        {
+            "0.5.png": encoded(photo(4)),
+            "0.txt": "käse, 日本".encode(),
+            "1.png": encoded(photo(5)),
+            "1.txt": b"whole",
+        },
+    )
     whole = (tmp_path / "a.tar").read_bytes()
-    tar_of(tmp_path / "c.tar", {"9.txt": b"kept", "9.png": encoded(photo(6, (300, 300))), "10.png": encoded(photo(7, (300, 300))), "10.txt": b"lost"})
+    tar_of(
+        tmp_path / "c.tar",
+        {
+            "9.txt": b"kept",
+            "9.png": encoded(photo(6, (300, 300))),
+            "10.png": encoded(photo(7, (300, 300))),
+            "10.txt": b"lost",
+        },
+    )
     cut = (tmp_path / "c.tar").read_bytes()
-    for source, end in ((tmp_path, 71_200), (f"{tmp_path}/*.tar", 512 * 91)):  # inside the second picture; between two files
+    for source, end in (
+        (tmp_path, 71_200),
+        (f"{tmp_path}/*.tar", 512 * 91),
+    ):  # inside the second picture; between two files
         (tmp_path / "c.tar").write_bytes(cut[:end])
         out = tmp_path / f"d{end}"
         script("prepare_latents.py", "--source", source, "--out", out)
@@ -162,20 +229,32 @@ def test_webdataset_tars(script, tmp_path):
     assert (tmp_path / "a.tar").read_bytes() == whole
 
 
-@pytest.mark.parametrize("args, words", [
-    (["--source=nowhere"], "no source nowhere"), (["--source={tmp}/empty"], "no pictures"), (["--source={tmp}/bad"], "skipped.jsonl"),
-    (["--vae=none"], "unknown autoencoder 'none'"), (["--text_encoder=none"], "unknown text encoder 'none'"),
-    (["--resolutions=31"], "not a multiple of 2"), (["--shard_size=0"], "shard_size is 0"), (["--device=abacus"], "this machine has")])
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--source=nowhere"], "no source nowhere"),
+        (["--source={tmp}/empty"], "no pictures"),
+        (["--source={tmp}/bad"], "skipped.jsonl"),
+        (["--vae=none"], "unknown autoencoder 'none'"),
+        (["--text_encoder=none"], "unknown text encoder 'none'"),
+        (["--resolutions=31"], "not a multiple of 2"),
+        (["--shard_size=0"], "shard_size is 0"),
+        (["--device=abacus"], "this machine has"),
+    ],
+)
 def test_bad_arguments(script, tmp_path, args, words):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/a.png").write_bytes(b"x")
-    message = script("prepare_latents.py", "--out", tmp_path / "d", *[a.format(tmp=tmp_path) for a in args], fails=True)
+    message = script(
+        "prepare_latents.py", "--out", tmp_path / "d", *[a.format(tmp=tmp_path) for a in args], fails=True
+    )
     assert words in message
     assert "skipped.jsonl" in words or not (tmp_path / "d").exists()
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------
+
 
 def test_disk_full_while_writing_a_shard_keeps_what_was_there(script, small_disk):
     disk = small_disk(2)
@@ -199,6 +278,7 @@ def test_write_atomic_leaves_the_old_file(tmp_path, code):
     def fail(file):
         file.write(b"half")
         raise OSError(code, "full")
+
     with pytest.raises(dataset.DiskFull, match="disk full while writing .*f"):
         dataset.write_atomic(tmp_path / "f", fail)
     assert (tmp_path / "f").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
@@ -230,6 +310,7 @@ def test_damaged_or_missing_parts_are_named(script, tmp_path):
 
 
 # --- the stand-in encoders -------------------------------------------------------------------------------------------
+
 
 def test_pixels_is_lossless():
     vae = encoders.load_vae("pixels")

@@ -1,4 +1,5 @@
 """Masking, routing, configurations and samplers, through model.py's public functions."""
+
 import math
 
 import pytest
@@ -9,12 +10,22 @@ from hypothesis import strategies as st
 import model
 from model import MicroDiT, MicroDiTConfig
 
-SMALL = dict(latent_size=8, latent_channels=3, dim=32, depth=4, head_dim=8, mlp_multiple=8, caption_dim=12, mixer_depth=2,
-             mixer_dim=16, num_experts=4)
+SMALL = dict(
+    latent_size=8,
+    latent_channels=3,
+    dim=32,
+    depth=4,
+    head_dim=8,
+    mlp_multiple=8,
+    caption_dim=12,
+    mixer_depth=2,
+    mixer_dim=16,
+    num_experts=4,
+)
 
 
 def network(**changes):
-    """A small network with random weights everywhere: the real initialisation starts as the identity, which tests nothing"""
+    """A small network with random weights everywhere: the real initialisation starts as the identity"""
     torch.manual_seed(0)
     net = MicroDiT(MicroDiTConfig(**SMALL | changes))
     for name, p in net.named_parameters():
@@ -34,6 +45,7 @@ def inputs(net, B=2, L=5):
 
 # --- masking ---------------------------------------------------------------------------------------------------------
 
+
 @given(st.integers(1, 40), st.floats(0, 0.99), st.integers(0, 99))
 @settings(max_examples=50, deadline=None)
 def test_kept_patches_are_the_smallest_draws_in_ascending_order(tokens, ratio, seed):
@@ -49,9 +61,11 @@ def test_kept_patches_are_the_smallest_draws_in_ascending_order(tokens, ratio, s
 
 
 def test_patchify_and_back():
-    x = torch.arange(2 * 3 * 8 * 8.).view(2, 3, 8, 8)
+    x = torch.arange(2 * 3 * 8 * 8.0).view(2, 3, 8, 8)
     tokens = model.patchify(x, 2)
-    assert torch.equal(tokens[1, 5].view(2, 2, 3).permute(2, 0, 1), x[1, :, 2:4, 2:4])  # patch 5 of rows of 4: row 1, column 1
+    assert torch.equal(
+        tokens[1, 5].view(2, 2, 3).permute(2, 0, 1), x[1, :, 2:4, 2:4]
+    )  # patch 5 of rows of 4: row 1, column 1
     assert torch.equal(model.unpatchify(tokens, 2), x)
 
 
@@ -71,7 +85,9 @@ def test_keeping_every_patch_in_order_is_no_masking():
     x, sigma, caption, noise, _ = inputs(net)
     everything = torch.arange(16).expand(2, 16)
     torch.testing.assert_close(net(x, sigma, caption, ids_keep=everything), net(x, sigma, caption))
-    torch.testing.assert_close(model.edm_loss(net, x, caption, sigma, noise, everything), model.edm_loss(net, x, caption, sigma, noise))
+    torch.testing.assert_close(
+        model.edm_loss(net, x, caption, sigma, noise, everything), model.edm_loss(net, x, caption, sigma, noise)
+    )
 
 
 def influence(net):
@@ -100,11 +116,15 @@ def test_masked_loss_ignores_the_removed_patches_targets():
     latents = model.patchify(x, 2)
     latents[removed] += 5
     other = model.unpatchify(latents, 2)
-    torch.testing.assert_close(model.edm_loss(net, other, caption, sigma, noise, ids), model.edm_loss(net, x, caption, sigma, noise, ids))
+    torch.testing.assert_close(
+        model.edm_loss(net, other, caption, sigma, noise, ids), model.edm_loss(net, x, caption, sigma, noise, ids)
+    )
     latents = model.patchify(x, 2)
     latents[~removed] += 5
     other = model.unpatchify(latents, 2)
-    assert model.edm_loss(net, other, caption, sigma, noise, ids) > 1 + model.edm_loss(net, x, caption, sigma, noise, ids)
+    assert model.edm_loss(net, other, caption, sigma, noise, ids) > 1 + model.edm_loss(
+        net, x, caption, sigma, noise, ids
+    )
 
 
 @torch.no_grad()
@@ -116,13 +136,14 @@ def test_loss_is_the_weighted_error_of_the_denoised_picture():
         error = model.patchify((D - x) ** 2, 2)
         if keep is not None:
             error = model.gather_tokens(error, keep)
-        weight = (sigma ** 2 + 0.9 ** 2) / (sigma * 0.9) ** 2
+        weight = (sigma**2 + 0.9**2) / (sigma * 0.9) ** 2
         per_picture = model.edm_loss(net, x, caption, sigma, noise, keep, reduce=False)
         torch.testing.assert_close(per_picture, weight * error.mean((1, 2)), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(model.edm_loss(net, x, caption, sigma, noise, keep), per_picture.mean())
 
 
 # --- experts ---------------------------------------------------------------------------------------------------------
+
 
 def loop_over_experts(moe, x):
     """Expert choice in its plainest form"""
@@ -186,6 +207,7 @@ def test_router_unmodulated_changes_the_routing_alone():
 
 # --- configurations --------------------------------------------------------------------------------------------------
 
+
 def test_which_blocks_are_sparse():
     net = network(depth=6, mixer_depth=3, moe_every=1)
     sparse = [[isinstance(b.mlp, model.ExpertChoiceMLP) for b in blocks] for blocks in (net.mixer, net.blocks)]
@@ -194,8 +216,17 @@ def test_which_blocks_are_sparse():
     assert not any(isinstance(m, model.ExpertChoiceMLP) for m in dense.modules())
 
 
-@pytest.mark.parametrize("changes", [dict(num_experts=0), dict(mixer_depth=0), dict(mixer_dim=32), dict(patch_size=4, num_experts=1),
-                                     dict(router_unmodulated=True), dict(attn_ratio=(1, 1), mlp_ratio=(4, 4))])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(num_experts=0),
+        dict(mixer_depth=0),
+        dict(mixer_dim=32),
+        dict(patch_size=4, num_experts=1),
+        dict(router_unmodulated=True),
+        dict(attn_ratio=(1, 1), mlp_ratio=(4, 4)),
+    ],
+)
 def test_variants_train_by_config_alone(changes):
     torch.manual_seed(0)
     net = MicroDiT(MicroDiTConfig(**SMALL | changes))
@@ -212,7 +243,10 @@ def test_variants_train_by_config_alone(changes):
     assert losses[-1] < 0.7 * losses[0]
 
 
-@pytest.mark.parametrize("changes, words", [(dict(latent_size=9), "patch_size"), (dict(dim=36), "head_dim"), (dict(mixer_dim=20), "mixer_dim")])
+@pytest.mark.parametrize(
+    "changes, words",
+    [(dict(latent_size=9), "patch_size"), (dict(dim=36), "head_dim"), (dict(mixer_dim=20), "mixer_dim")],
+)
 def test_impossible_configs_are_errors(changes, words):
     with pytest.raises(ValueError, match=words):
         MicroDiTConfig(**SMALL | changes)
@@ -233,6 +267,7 @@ def test_the_whole_step_is_one_graph():
 
     def step(latents, ids_keep):
         return model.edm_loss(net, latents, caption, sigma, noise, ids_keep)
+
     compiled = torch.compile(step, backend="eager", fullgraph=True, dynamic=False)
     for keep in (ids, None):
         torch.testing.assert_close(compiled(x, keep), step(x, keep))
@@ -244,10 +279,13 @@ def test_initial_network_denoises_to_the_skip_path():
     x, sigma, caption, _, _ = inputs(net)
     assert net(x, sigma, caption).abs().max() == 0
     std = net.blocks[1].attn.proj.weight.std().item(), net.mixer[1].attn.proj.weight.std().item()
-    assert std[0] == pytest.approx(0.02 / math.sqrt(4), rel=0.2) and std[1] == pytest.approx(0.02 / math.sqrt(8), rel=0.2)
+    assert std[0] == pytest.approx(0.02 / math.sqrt(4), rel=0.2) and std[1] == pytest.approx(
+        0.02 / math.sqrt(8), rel=0.2
+    )
 
 
 # --- samplers --------------------------------------------------------------------------------------------------------
+
 
 class GaussianData(torch.nn.Module):
     """The exact network for data ~ N(mean(caption), spread^2), whose sampling trajectories are known in closed form"""
@@ -261,11 +299,11 @@ class GaussianData(torch.nn.Module):
         sigma = (4 * c_noise).exp().view(-1, 1, 1, 1)
         c_skip, c_out, c_in, _ = model.preconditioning(sigma)
         noisy, mean = x / c_in, caption.mean((1, 2)).view(-1, 1, 1, 1)
-        D = (self.spread ** 2 * noisy + sigma ** 2 * mean) / (self.spread ** 2 + sigma ** 2)
+        D = (self.spread**2 * noisy + sigma**2 * mean) / (self.spread**2 + sigma**2)
         return (D - c_skip * noisy) / c_out
 
     def solution(self, noise, mean, sigma_max=80.0):
-        return mean + (noise * sigma_max - mean) * (self.spread ** 2 / (self.spread ** 2 + sigma_max ** 2)).sqrt()
+        return mean + (noise * sigma_max - mean) * (self.spread**2 / (self.spread**2 + sigma_max**2)).sqrt()
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
@@ -276,7 +314,10 @@ def test_samplers_converge_with_second_order(sampler, guidance):
     noise = torch.randn(4, 2, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     caption = torch.full((4, 3, 5), 0.5, dtype=torch.float64)
     exact = net.solution(noise, guidance * 0.5)  # guidance moves the mean, as the negative branch has mean 0
-    errors = [(model.sample(net, noise, caption, steps, guidance, sampler) - exact).abs().max().item() for steps in (20, 40, 80, 160)]
+    errors = [
+        (model.sample(net, noise, caption, steps, guidance, sampler) - exact).abs().max().item()
+        for steps in (20, 40, 80, 160)
+    ]
     orders = [math.log2(a / b) for a, b in zip(errors, errors[1:])]
     assert all(1.7 < order < 2.4 for order in orders), (errors, orders)
     assert errors[-1] < 3e-3
@@ -284,7 +325,12 @@ def test_samplers_converge_with_second_order(sampler, guidance):
 
 def test_guidance_runs_both_branches_in_one_batch_and_guidance_1_runs_one():
     noise, caption = torch.zeros(3, 2, 4, 4), torch.zeros(3, 3, 5)
-    for guidance, sampler, batches in ((1, "heun", [3] * 11), (2, "heun", [6] * 11), (1, "dpmpp_2m", [3] * 6), (2, "dpmpp_2m", [6] * 6)):
+    for guidance, sampler, batches in (
+        (1, "heun", [3] * 11),
+        (2, "heun", [6] * 11),
+        (1, "dpmpp_2m", [3] * 6),
+        (2, "dpmpp_2m", [6] * 6),
+    ):
         net = GaussianData()
         model.sample(net, noise, caption, 6, guidance, sampler)
         assert net.batches == batches
@@ -295,7 +341,9 @@ def test_negative_caption_takes_the_place_of_the_empty_one():
     net = GaussianData()
     noise, caption = torch.zeros(1, 1, 2, 2), torch.full((1, 1, 1), 0.5)
     out = model.sample(net, noise, caption, 40, 3.0, negative_caption=-caption)
-    torch.testing.assert_close(out.double(), net.solution(noise.double(), -0.5 + 3.0).expand_as(out), atol=5e-3, rtol=0)
+    torch.testing.assert_close(
+        out.double(), net.solution(noise.double(), -0.5 + 3.0).expand_as(out), atol=5e-3, rtol=0
+    )
 
 
 @pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m"])

@@ -1,14 +1,15 @@
 """sample.py and eval_shapes.py on a small trained checkpoint."""
+
 import json
 import shutil
 
 import numpy as np
 import pytest
+from conftest import launch
 from PIL import Image
+from test_train import SMALL
 
 import sample
-from conftest import launch
-from test_train import SMALL
 
 
 @pytest.fixture(scope="module")
@@ -16,26 +17,48 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     launch("prepare_latents.py", "--out", folder / "data", "--limit=60", "--resolutions=16")
     for seed in (1, 2):
-        launch("train.py", *SMALL, f"--data={folder / 'data'}", f"--out={folder / f'run{seed}'}", "--max_steps=6", f"--seed={seed}",
-               "--ema_decay=0.99", "--learning_rate=1e-2")
+        launch(
+            "train.py",
+            *SMALL,
+            f"--data={folder / 'data'}",
+            f"--out={folder / f'run{seed}'}",
+            "--max_steps=6",
+            f"--seed={seed}",
+            "--ema_decay=0.99",
+            "--learning_rate=1e-2",
+        )
     return folder
 
 
-PROMPTS = ["a small red circle on a white background", "a large blue ring on a black background", "a small cyan cross on a gray background"]
+PROMPTS = [
+    "a small red circle on a white background",
+    "a large blue ring on a black background",
+    "a small cyan cross on a gray background",
+]
 
 
 def test_pictures_grid_and_text_chunks(script, runs, tmp_path):
     out = tmp_path / "out"
     args = ("--checkpoint", runs / "run1", "--steps=3", "--out", out)
-    printed = script("sample.py", "--prompt", *PROMPTS[:2], "--seed=5", "--negative_prompt=a ring", "--sampler=dpmpp_2m", *args)
+    printed = script(
+        "sample.py", "--prompt", *PROMPTS[:2], "--seed=5", "--negative_prompt=a ring", "--sampler=dpmpp_2m", *args
+    )
     assert "picture steps" in printed and "warning" not in printed
     pictures = sorted(out.glob("*.png"))
-    assert [p.name for p in pictures] == ["00000_a-small-red-circle-on-a-white-background_seed5.png",
-                                          "00001_a-large-blue-ring-on-a-black-background_seed6.png", "00002_grid.png"]
+    assert [p.name for p in pictures] == [
+        "00000_a-small-red-circle-on-a-white-background_seed5.png",
+        "00001_a-large-blue-ring-on-a-black-background_seed6.png",
+        "00002_grid.png",
+    ]
     image = Image.open(pictures[1])
     assert image.size == (16, 16) and image.text["prompt"] == PROMPTS[1] and image.text["seed"] == "6"
     used = json.loads(image.text["settings"])
-    assert used["sampler"] == "dpmpp_2m" and used["negative_prompt"] == "a ring" and used["steps"] == 3 and "run1/step_" in used["checkpoint"]
+    assert (
+        used["sampler"] == "dpmpp_2m"
+        and used["negative_prompt"] == "a ring"
+        and used["steps"] == 3
+        and "run1/step_" in used["checkpoint"]
+    )
     before = [p.read_bytes() for p in pictures]
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
     script("sample.py", "--prompts_file", tmp_path / "prompts.txt", "--images_per_prompt=2", *args)
@@ -44,7 +67,18 @@ def test_pictures_grid_and_text_chunks(script, runs, tmp_path):
 
 
 def test_several_checkpoints_share_seeds_and_make_rows(script, runs, tmp_path):
-    script("sample.py", "--prompt", *PROMPTS, "--checkpoint", runs / "run1", runs / "run2", runs / "run1", "--steps=3", "--out", tmp_path)
+    script(
+        "sample.py",
+        "--prompt",
+        *PROMPTS,
+        "--checkpoint",
+        runs / "run1",
+        runs / "run2",
+        runs / "run1",
+        "--steps=3",
+        "--out",
+        tmp_path,
+    )
     images = [np.asarray(Image.open(p)) for p in sorted(tmp_path.glob("*seed*.png"))]
     assert len(images) == 9
     for a, b, c in zip(images[:3], images[3:6], images[6:]):
@@ -57,9 +91,9 @@ def test_a_picture_does_not_depend_on_the_batch_it_was_drawn_in(runs):
     model = sample.load(runs / "run1", "cpu")
     together = sample.generate(model, PROMPTS, steps=4, seed=7, batch_size=3)
     for i, prompt in enumerate(PROMPTS):
-        alone, = sample.generate(model, [prompt], steps=4, seed=7 + i)
+        (alone,) = sample.generate(model, [prompt], steps=4, seed=7 + i)
         assert abs(np.asarray(alone, int) - np.asarray(together[i], int)).max() <= 1
-    other, = sample.generate(model, PROMPTS[:1], steps=4, seed=8)
+    (other,) = sample.generate(model, PROMPTS[:1], steps=4, seed=8)
     assert (np.asarray(other) != np.asarray(together[0])).any()
 
 
@@ -70,6 +104,7 @@ def test_averaged_weights_are_the_default(runs):
 
 def test_newest_run_is_the_default(script, runs, tmp_path, monkeypatch):
     import checkpoint
+
     shutil.copytree(runs / "run1", tmp_path / "runs/old")
     new = shutil.copytree(runs / "run2", tmp_path / "runs/new")
     for path in new.glob("*.safetensors"):
@@ -79,16 +114,35 @@ def test_newest_run_is_the_default(script, runs, tmp_path, monkeypatch):
 
 
 def test_unknown_words_are_named_with_the_known_ones(script, runs, tmp_path):
-    printed = script("sample.py", "--prompt", "a small red elephant on a moon", "--checkpoint", runs / "run1", "--steps=1", "--out", tmp_path)
+    printed = script(
+        "sample.py",
+        "--prompt",
+        "a small red elephant on a moon",
+        "--checkpoint",
+        runs / "run1",
+        "--steps=1",
+        "--out",
+        tmp_path,
+    )
     assert "never shown the words elephant, moon" in printed and "circle" in printed
 
 
-@pytest.mark.parametrize("args, words", [
-    ([], "no prompt"), (["--prompt", "a", " "], "prompt 2 is empty"), (["--prompt="], "no prompt"), (["--prompts_file=none.txt"], "none.txt"),
-    (["--prompt=a", "--sampler=euler"], "unknown sampler 'euler'"), (["--prompt=a", "--steps=0"], "steps is 0"),
-    (["--prompt", "a", "b", "c", "--negative_prompt", "d", "e"], "2 negative prompts for 3 prompts"),
-    (["--prompt=a", "--sigma_max=-1"], "sigma_max"), (["--prompt=a", "--checkpoint=nothing"], "no checkpoint nothing"),
-    (["--prompt=a", "--vae=other"], "unknown autoencoder"), (["--prompt=a", "--checkpoint=README.md"], "not a whole checkpoint")])
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        ([], "no prompt"),
+        (["--prompt", "a", " "], "prompt 2 is empty"),
+        (["--prompt="], "no prompt"),
+        (["--prompts_file=none.txt"], "none.txt"),
+        (["--prompt=a", "--sampler=euler"], "unknown sampler 'euler'"),
+        (["--prompt=a", "--steps=0"], "steps is 0"),
+        (["--prompt", "a", "b", "c", "--negative_prompt", "d", "e"], "2 negative prompts for 3 prompts"),
+        (["--prompt=a", "--sigma_max=-1"], "sigma_max"),
+        (["--prompt=a", "--checkpoint=nothing"], "no checkpoint nothing"),
+        (["--prompt=a", "--vae=other"], "unknown autoencoder"),
+        (["--prompt=a", "--checkpoint=README.md"], "not a whole checkpoint"),
+    ],
+)
 def test_mistakes(script, runs, tmp_path, args, words):
     where = [] if any("--checkpoint" in a for a in args) else ["--checkpoint", runs / "run1"]
     assert words in script("sample.py", *args, *where, "--out", tmp_path / "out", fails=True)
@@ -102,10 +156,14 @@ def test_a_truncated_checkpoint_is_named(script, runs, tmp_path):
 
 
 def test_scores_of_the_drawn_set(script, runs, tmp_path):
-    printed = script("eval_shapes.py", "--checkpoint", runs / "run1", "--count=6", "--steps=2", "--out", tmp_path / "scores.json")
+    printed = script(
+        "eval_shapes.py", "--checkpoint", runs / "run1", "--count=6", "--steps=2", "--out", tmp_path / "scores.json"
+    )
     report = json.loads((tmp_path / "scores.json").read_text())["scores"]
     assert set(report) == {"pairs seen in training", "unseen pairs"}
     for scores in report.values():
         assert scores["network"].keys() == scores["drawn pictures"].keys()
         assert scores["network"]["background"][1] == 6
-    assert "background" in printed and (tmp_path / "scores.png").exists() and (tmp_path / "scores.unseen.png").exists()
+    assert (
+        "background" in printed and (tmp_path / "scores.png").exists() and (tmp_path / "scores.unseen.png").exists()
+    )

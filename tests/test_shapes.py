@@ -1,4 +1,5 @@
 """The drawn picture set and its reader."""
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -44,11 +45,13 @@ def test_what_the_set_contains():
 
 
 def test_the_caption_tells_the_relation_of_the_picture():
-    for image, caption, attributes in scenes(200):
+    for _, caption, attributes in scenes(200):
         if attributes["relation"]:
             first, second = (f"a {o['size']} {o['color']} {o['shape']}" for o in attributes["objects"])
             opposite = {"left of": "right of", "above": "below"}[attributes["relation"]]
-            assert f"{first} {attributes['relation']} {second}" in caption or f"{second} {opposite} {first}" in caption
+            assert (
+                f"{first} {attributes['relation']} {second}" in caption or f"{second} {opposite} {first}" in caption
+            )
 
 
 def test_noise_and_the_mean_picture_score_nothing():
@@ -66,7 +69,9 @@ def test_noise_and_the_mean_picture_score_nothing():
 def test_unreadable_pictures_are_none_and_count_as_wrong():
     image, _, attributes = shapes.scene(1)
     plain = Image.new("RGB", (32, 32), "white")
-    blob = Image.fromarray(np.tile(np.array([[255] * 3] * 8 + [[225, 30, 35]] * 16 + [[255] * 3] * 8, np.uint8), (32, 1, 1)))
+    blob = Image.fromarray(
+        np.tile(np.array([[255] * 3] * 8 + [[225, 30, 35]] * 16 + [[255] * 3] * 8, np.uint8), (32, 1, 1))
+    )
     for unreadable in (plain, blob):
         assert shapes.read(unreadable) is None
         assert all(right == 0 for right, _ in shapes.score([unreadable], [attributes]).values())
@@ -75,7 +80,12 @@ def test_unreadable_pictures_are_none_and_count_as_wrong():
 
 def test_score_counts_each_attribute_alone():
     def attributes(**changes):
-        return {"background": "white", "objects": [{"size": "small", "color": "red", "shape": "circle"} | changes], "relation": None}
+        return {
+            "background": "white",
+            "objects": [{"size": "small", "color": "red", "shape": "circle"} | changes],
+            "relation": None,
+        }
+
     image = shapes.render("white", attributes()["objects"], [(0.5, 0.5)], 32)
     for name, value in (("size", "large"), ("color", "blue"), ("shape", "square")):
         scores = shapes.score([image], [attributes(**{name: value})])
@@ -84,7 +94,10 @@ def test_score_counts_each_attribute_alone():
 
 
 def test_score_of_a_wrong_relation():
-    small, large = {"size": "small", "color": "red", "shape": "circle"}, {"size": "large", "color": "blue", "shape": "square"}
+    small, large = (
+        {"size": "small", "color": "red", "shape": "circle"},
+        {"size": "large", "color": "blue", "shape": "square"},
+    )
     image = shapes.render("white", [small, large], [(0.25, 0.5), (0.7, 0.5)], 32)
     right = {"background": "white", "objects": [small, large], "relation": "left of"}
     assert shapes.read(image) == right

@@ -1,20 +1,38 @@
 """train.py: schedules, what a step depends on, going on after a stop, processes, and its errors."""
+
 import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from conftest import launch
 from PIL import Image
 from safetensors.torch import load_file
 
 import checkpoint
 import train
-from conftest import launch
 
-SMALL = ("--latent_size=8", "--dim=32", "--depth=2", "--head_dim=8", "--mlp_multiple=8", "--mixer_depth=1", "--mixer_dim=16",
-         "--num_experts=2", "--batch_size=16", "--micro_batch_size=4", "--warmup_steps=3", "--learning_rate=3e-3", "--log_every=1",
-         "--eval_every=4", "--sample_every=0", "--checkpoint_every=4", "--ema_decay=0.9", "--ema_start=3")
+SMALL = (
+    "--latent_size=8",
+    "--dim=32",
+    "--depth=2",
+    "--head_dim=8",
+    "--mlp_multiple=8",
+    "--mixer_depth=1",
+    "--mixer_dim=16",
+    "--num_experts=2",
+    "--batch_size=16",
+    "--micro_batch_size=4",
+    "--warmup_steps=3",
+    "--learning_rate=3e-3",
+    "--log_every=1",
+    "--eval_every=4",
+    "--sample_every=0",
+    "--checkpoint_every=4",
+    "--ema_decay=0.9",
+    "--ema_start=3",
+)
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +46,7 @@ def data(tmp_path_factory):
 def fit(script, data):
     def run(out, *args, steps=8, **kw):
         return script("train.py", f"--data={data}", f"--out={out}", *SMALL, f"--max_steps={steps}", *args, **kw)
+
     return run
 
 
@@ -51,9 +70,11 @@ def assert_equal(a, b):
 
 # --- schedules and randomness ----------------------------------------------------------------------------------------
 
+
 def test_learning_rate_schedules():
     def rates(**kw):
         return [train.learning_rate_at(s, 1.0, 4, 20, **kw) for s in range(21)]
+
     cosine, constant = rates(end=0.1), rates(schedule="constant")
     assert cosine[:4] == constant[:4] == [0.25, 0.5, 0.75, 1.0]
     assert set(constant[4:]) == {1.0}
@@ -65,7 +86,7 @@ def test_noise_bins_are_equally_probable():
     sigma = (0.3 + 0.8 * torch.randn(20_000, generator=torch.Generator().manual_seed(0))).exp()
     counts = torch.bincount(train.noise_bins(sigma, 0.3, 0.8), minlength=train.BINS)
     assert len(counts) == train.BINS and (counts / 20_000 - 0.2).abs().max() < 0.02
-    by_level = train.by_level(torch.arange(5.), torch.tensor([1., 1, 0, 1, 2]), 0.3, 0.8)
+    by_level = train.by_level(torch.arange(5.0), torch.tensor([1.0, 1, 0, 1, 2]), 0.3, 0.8)
     assert list(by_level.values()) == [0, 1, 3, 2]
     assert train.noise_bins(torch.tensor([float(s) for s in by_level]), 0.3, 0.8).tolist() == [0, 1, 3, 4]
 
@@ -80,6 +101,7 @@ def test_an_epoch_visits_every_row_once_whatever_the_micro_batch(monkeypatch):
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
+
 
 def test_a_stopped_run_goes_on_to_the_same_bytes(fit, tmp_path):
     printed = fit(tmp_path / "whole", "--unmasked_steps=2")
@@ -105,7 +127,9 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(fit, tmp_path):
     before = weights(tmp_path / "again")
     assert_equal(weights(tmp_path / "again"), before)
     fit(tmp_path / "again", "--depth=3", "--overwrite", steps=2)
-    assert len(losses(tmp_path / "again")) == 2 and [p.name for p in checkpoint.steps_of(tmp_path / "again")] == ["step_00000002.safetensors"]
+    assert len(losses(tmp_path / "again")) == 2 and [p.name for p in checkpoint.steps_of(tmp_path / "again")] == [
+        "step_00000002.safetensors"
+    ]
 
 
 def test_two_processes_train_as_one(fit, tmp_path):
@@ -121,8 +145,16 @@ def test_two_processes_train_as_one(fit, tmp_path):
 
 
 def test_it_learns_and_reports(fit, data, tmp_path):
-    printed = fit(tmp_path / "run", f"--val_data={data}", "--sample_every=30", "--sample_steps=3", "--log_every=10", "--eval_every=30",
-                  "--unmasked_steps=10", steps=60)
+    printed = fit(
+        tmp_path / "run",
+        f"--val_data={data}",
+        "--sample_every=30",
+        "--sample_steps=3",
+        "--log_every=10",
+        "--eval_every=30",
+        "--unmasked_steps=10",
+        steps=60,
+    )
     entries = log(tmp_path / "run")
     val = [e for e in entries if "val_loss" in e]
     assert val[-1]["val_loss"] < 0.8 and len(val[-1]["val_loss_by_sigma"]) == train.BINS
@@ -143,11 +175,24 @@ def test_starting_from_other_weights(fit, tmp_path):
     for name in (n for n in second if n.startswith("model.")):
         torch.testing.assert_close(first[name], second[name])
     message = fit(tmp_path / "third", f"--init_from={tmp_path / 'first'}", "--dim=64", steps=1, fails=True)
-    assert "do not fit this network" in message and "dim: 32 there, 64 now" in message and not (tmp_path / "third").exists()
+    assert (
+        "do not fit this network" in message
+        and "dim: 32 there, 64 now" in message
+        and not (tmp_path / "third").exists()
+    )
 
 
-@pytest.mark.parametrize("variant", [("--mixer_depth=0",), ("--num_experts=0",), ("--mask_ratio=0",), ("--router_unmodulated",),
-                                     ("--dtype=bfloat16",), ("--schedule=constant", "--grad_clip=0")])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        ("--mixer_depth=0",),
+        ("--num_experts=0",),
+        ("--mask_ratio=0",),
+        ("--router_unmodulated",),
+        ("--dtype=bfloat16",),
+        ("--schedule=constant", "--grad_clip=0"),
+    ],
+)
 def test_variants_run_by_setting_alone(fit, tmp_path, variant):
     fit(tmp_path / "run", *variant, steps=2)
     assert all(np.isfinite(v) for v in losses(tmp_path / "run").values())
@@ -161,12 +206,27 @@ def test_validation_data_of_its_own(fit, script, data, tmp_path):
 
 # --- errors ----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("args, words", [
-    (["--data=nowhere"], "no prepared data in nowhere"), (["--latent_size=16"], "not 16"), (["--batch_size=10"], "batch_size 10"),
-    (["--val_data=nowhere"], "no prepared data in nowhere"), (["--mask_ratio=1"], "mask_ratio is 1.0"), (["--mask_ratio=0.99"], "mask_ratio"),
-    (["--num_experts=64"], "experts 64"), (["--schedule=linear"], "schedule is 'linear'"), (["--unmasked_steps=9"], "unmasked_steps is 9"),
-    (["--init_from=nowhere"], "no checkpoint nowhere"), (["--head_dim=7"], "head_dim"), (["--learning_rat=1"], "'learning_rate'"),
-    (["--attn_ratio", "1"], "attn_ratio"), (["--device=tpu"], "this machine has"), (["--learning_rate=0"], "learning_rate is 0.0")])
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--data=nowhere"], "no prepared data in nowhere"),
+        (["--latent_size=16"], "not 16"),
+        (["--batch_size=10"], "batch_size 10"),
+        (["--val_data=nowhere"], "no prepared data in nowhere"),
+        (["--mask_ratio=1"], "mask_ratio is 1.0"),
+        (["--mask_ratio=0.99"], "mask_ratio"),
+        (["--num_experts=64"], "experts 64"),
+        (["--schedule=linear"], "schedule is 'linear'"),
+        (["--unmasked_steps=9"], "unmasked_steps is 9"),
+        (["--init_from=nowhere"], "no checkpoint nowhere"),
+        (["--head_dim=7"], "head_dim"),
+        (["--learning_rat=1"], "'learning_rate'"),
+        (["--attn_ratio", "1"], "attn_ratio"),
+        (["--device=tpu"], "this machine has"),
+        (["--learning_rate=0"], "learning_rate is 0.0"),
+    ],
+)
 def test_mistakes_stop_before_anything_is_written(fit, tmp_path, args, words):
     assert words in fit(tmp_path / "run", *args, fails=True)
     assert not (tmp_path / "run").exists()
@@ -182,7 +242,9 @@ def test_data_of_another_autoencoder_is_refused(fit, data, tmp_path):
     fit(tmp_path / "run", steps=1)
     message = fit(tmp_path / "run", f"--data={other}", steps=2, fails=True)
     assert "holds another run" in message and "vae" in message
-    assert "was prepared with vae" in fit(tmp_path / "next", f"--data={other}", f"--init_from={tmp_path / 'run'}", fails=True)
+    assert "was prepared with vae" in fit(
+        tmp_path / "next", f"--data={other}", f"--init_from={tmp_path / 'run'}", fails=True
+    )
 
 
 def test_a_truncated_checkpoint_is_named_and_nothing_is_lost(fit, tmp_path):
