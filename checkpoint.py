@@ -3,7 +3,7 @@ A checkpoint is one safetensors file, runs/NAME/step_00002000.safetensors, so it
 
     model.*                      the weights
     ema.*                        their moving average, once the run has one
-    optimizer.{exp_avg,...}.*    AdamW's state
+    optimizer.{exp_avg,...}.*    the optimizers' state
     metadata["run"]              JSON: step, config (MicroDiTConfig), settings, data (what the data set says of itself)
 """
 import json

@@ -26,9 +26,10 @@ learning_rate = 2.4e-4        # at its peak
 warmup_steps = 2500           # linear from 0
 schedule = "cosine"           # after the warmup: cosine or constant
 min_learning_rate = 0.33      # where the cosine ends, as a fraction of the peak
+optimizer = "adamw"           # adamw; muon: Muon for the blocks' matrices, AdamW for all else (docs/log.md)
 beta1 = 0.9                   # AdamW
 beta2 = 0.999                 # AdamW
-weight_decay = 0.1            # AdamW, on every parameter
+weight_decay = 0.1            # on every parameter
 grad_clip = 0.25              # largest gradient norm; 0: no clipping
 p_mean = -0.6                 # ln sigma ~ N(p_mean, p_std^2)
 p_std = 1.2                   # see p_mean
@@ -91,6 +92,7 @@ from encoders import load_vae
 from machine import keep_freed_memory, pick_device
 from model import MicroDiT, MicroDiTConfig, edm_loss, expert_tokens, kept_patches
 from model import sample as draw_latents
+from muon import Muon
 from sample import decode_images, picture_grid
 
 # Validation is at these noise levels whatever the run trains on, so that runs can be compared
@@ -187,7 +189,8 @@ def check_settings(world):
     if batch_size % (micro_batch_size * world):
         raise ValueError(f"batch_size {batch_size} is not a multiple of micro_batch_size {micro_batch_size} x {world} "
                          "processes")
-    for name, options in (("schedule", ("cosine", "constant")), ("dtype", ("auto", "bfloat16", "float32"))):
+    for name, options in (("schedule", ("cosine", "constant")), ("dtype", ("auto", "bfloat16", "float32")),
+                          ("optimizer", ("adamw", "muon"))):
         if globals()[name] not in options:
             raise ValueError(f"{name} is '{globals()[name]}': it must be {' or '.join(options)}")
     for name in ("mask_ratio", "caption_dropout", "ema_decay"):
@@ -256,10 +259,30 @@ class Trainer:
         self.net = MicroDiT(config).to(device)
         if init_from:
             self.init_weights(checkpoint.find(init_from))
-        self.names = [name for name, _ in self.net.named_parameters()]
-        self.optimizer = torch.optim.AdamW(self.net.parameters(), learning_rate, betas=(beta1, beta2), eps=1e-8,
-                                           weight_decay=weight_decay, fused=device.type != "mps")
+        self.optimizers = self.make_optimizers(fused=device.type != "mps")
         self.ema = None
+
+    def make_optimizers(self, fused):
+        """[(optimizer, names of its parameters)]"""
+        named = dict(self.net.named_parameters())
+        blocks = [n for n, p in named.items() if p.ndim >= 2 and n.startswith(("mixer.", "blocks.", "caption_block."))
+                  and "modulation" not in n and "router" not in n]
+        by_muon = blocks if optimizer == "muon" else []
+        rest = [n for n in named if n not in by_muon]
+        made = [(torch.optim.AdamW([named[n] for n in rest], learning_rate, betas=(beta1, beta2), eps=1e-8,
+                                   weight_decay=weight_decay, fused=fused), rest)]
+        if by_muon:
+            made.append((Muon([named[n] for n in by_muon], learning_rate, weight_decay), by_muon))
+        return made
+
+    def update(self, lr):
+        """One step of the optimizers, then of the average"""
+        for opt, _ in self.optimizers:
+            opt.param_groups[0]["lr"] = lr
+            opt.step()
+            opt.zero_grad()
+        self.step += 1
+        self.update_ema()
 
     def init_weights(self, path):
         run, tensors = checkpoint.read(path, ("model.",))
@@ -272,7 +295,7 @@ class Trainer:
             raise ValueError(f"the weights of {path} do not fit this network ({'; '.join(differ)})") from None
 
     def update_ema(self):
-        """After step self.step: the average starts as a copy of the weights"""
+        """The average starts as a copy of the weights"""
         if not ema_decay or self.step < ema_start:
             return
         if self.ema is None:
@@ -285,11 +308,12 @@ class Trainer:
         return self.ema or self.net
 
     def save(self, folder):
-        state = self.optimizer.state_dict()["state"]
         tensors = {f"model.{n}": p for n, p in self.net.named_parameters()}
         if self.ema:
             tensors |= {f"ema.{n}": p for n, p in self.ema.named_parameters()}
-        tensors |= {f"optimizer.{key}.{n}": value for i, n in enumerate(self.names) for key, value in state[i].items()}
+        for opt, names in self.optimizers:
+            state = opt.state_dict()["state"]
+            tensors |= {f"optimizer.{key}.{n}": value for i, n in enumerate(names) for key, value in state[i].items()}
         path = Path(folder) / f"step_{self.step:08d}.safetensors"
         checkpoint.save(path, tensors, self.run | {"step": self.step})
         for old in checkpoint.steps_of(folder)[:-keep_checkpoints]:
@@ -303,9 +327,13 @@ class Trainer:
         if ema := checkpoint.strip(tensors, "ema."):
             self.ema = copy.deepcopy(self.net).requires_grad_(False)
             self.ema.load_state_dict(ema)
-        state = {i: {key: tensors[f"optimizer.{key}.{n}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-                 for i, n in enumerate(self.names)}
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        kept = {}  # {parameter: {key: value}}
+        for name, value in checkpoint.strip(tensors, "optimizer.").items():
+            key, _, parameter = name.partition(".")
+            kept.setdefault(parameter, {})[key] = value
+        for opt, names in self.optimizers:
+            state = {i: kept[n] for i, n in enumerate(names)}
+            opt.load_state_dict({"state": state, "param_groups": opt.state_dict()["param_groups"]})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -432,16 +460,16 @@ def train(trainer, folder, train_set, rows, val_set, val_ids, where, autocast, r
         net = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
     micros = batch_size // micro_batch_size
     mine = range(rank, micros, world)
-    batches = prefetched(Batches(train_set, rows, trainer.net.config.tokens, micros),
-                         ((s, m) for s in range(trainer.step, max_steps) for m in mine))
+    make_batch = Batches(train_set, rows, trainer.net.config.tokens, micros)
+    keys = ((s, m) for s in range(trainer.step, max_steps) for m in mine)
+    # a CPU has no use for it: the thread's own pool of OpenMP threads would take turns with the step's
+    batches = (make_batch(*key) for key in keys) if where.type == "cpu" else prefetched(make_batch, keys)
     sums, started, counted = torch.zeros(2, BINS, dtype=torch.float64), time.time(), trainer.step
     first_step = trainer.step
 
     while trainer.step < max_steps:
         step = trainer.step
         lr = learning_rate_at(step, learning_rate, warmup_steps, max_steps, schedule, min_learning_rate)
-        for group in trainer.optimizer.param_groups:
-            group["lr"] = lr
         masked = mask_ratio > 0 and step < max_steps - unmasked_steps
         losses, sigmas = [], []
         for m in mine:
@@ -454,10 +482,8 @@ def train(trainer, folder, train_set, rows, val_set, val_ids, where, autocast, r
             losses.append(loss.detach())
             sigmas.append(sigma)
         grad_norm = torch.nn.utils.clip_grad_norm_(trainer.net.parameters(), grad_clip or math.inf)
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
-        trainer.step = step = step + 1
-        trainer.update_ema()
+        trainer.update(lr)
+        step = trainer.step
         bins = noise_bins(torch.cat(sigmas), p_mean, p_std)
         sums = sums.to(where) if where.type != "mps" else sums.float().to(where)
         sums[0].index_add_(0, bins, torch.cat(losses).to(sums.dtype))

@@ -132,6 +132,17 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(fit, tmp_path):
     ]
 
 
+def test_muon_goes_on_too_and_leaves_the_other_parameters_to_adamw(fit, tmp_path):
+    fit(tmp_path / "whole", "--optimizer=muon", steps=4)
+    fit(tmp_path / "part", "--optimizer=muon", "--checkpoint_every=2", steps=4)
+    checkpoint.steps_of(tmp_path / "part")[-1].unlink()
+    assert "going on from step 2" in fit(tmp_path / "part", "--optimizer=muon", "--checkpoint_every=2", steps=4)
+    assert_equal(weights(tmp_path / "part"), weights(tmp_path / "whole"))
+    names = {n.split(".", 2)[1] + " " + n.split(".", 2)[2] for n in weights(tmp_path / "whole") if n.startswith("opt")}
+    assert "momentum_buffer blocks.0.attn.qkv.weight" in names and "exp_avg blocks.0.attn.qkv.weight" not in names
+    assert "exp_avg final.linear.weight" in names and "exp_avg mixer.0.modulation.weight" in names
+
+
 def test_two_processes_train_as_one(fit, tmp_path):
     fit(tmp_path / "one", steps=5)
     printed = fit(tmp_path / "two", steps=5, processes=2)
@@ -190,6 +201,7 @@ def test_starting_from_other_weights(fit, tmp_path):
         ("--mask_ratio=0",),
         ("--router_unmodulated",),
         ("--dtype=bfloat16",),
+        ("--optimizer=muon",),
         ("--schedule=constant", "--grad_clip=0"),
     ],
 )
