@@ -124,7 +124,8 @@ def read(image):
         return None
     back = np.array(BACKGROUNDS[background], float)
     foreground = np.linalg.norm(pixels - back, axis=-1) > 60
-    regions = [r for r in connected(foreground) if r.sum() >= 0.008 * size * size]  # smaller ones are specks
+    # the smallest object covers 0.04 of the picture: what has less than half of that is a speck, not an object
+    regions = [r for r in connected(foreground) if r.sum() >= 0.02 * size * size]
     if not 1 <= len(regions) <= 2:
         return None
     found = [read_object(pixels, back, region) for region in regions]

@@ -13,7 +13,7 @@ def test_updates_are_about_orthogonal(shape):
     lengths = u.mT @ out @ vh.mT  # in the singular vectors' coordinates: diagonal, near 1
     diagonal = lengths.diagonal(dim1=1, dim2=2)
     assert (diagonal > 0.5).all() and (diagonal < 1.35).all()
-    assert (lengths - torch.diag_embed(diagonal)).abs().max() < 1e-3
+    assert (lengths - torch.diag_embed(diagonal)).abs().max() < 0.05  # it computes in bfloat16
 
 
 def test_steps_as_the_library_does():
