@@ -1,0 +1,38 @@
+"""
+The same set with a larger network: 19.0 M parameters, for an hour or two on two CPU cores or minutes on a GPU. Not measured yet.
+
+    python prepare_latents.py && python train.py config/small.py
+"""
+data = "data/shapes"
+latent_size = 16            # 32 px, of which the pixels autoencoder makes 16 x 16 x 12
+patch_size = 2              # 64 patches of 4 x 4 px
+# network
+dim = 256
+depth = 8
+head_dim = 32
+mlp_multiple = 32
+mlp_ratio = (0.5, 3.0)
+mixer_depth = 3
+mixer_dim = 192
+mixer_mlp_ratio = 3.0
+num_experts = 8
+expert_capacity = 1.0
+# training
+batch_size = 64
+micro_batch_size = 64
+max_steps = 6000
+unmasked_steps = 1500
+optimizer = "muon"
+learning_rate = 3e-3
+warmup_steps = 100
+min_learning_rate = 0.02
+weight_decay = 0.01
+beta2 = 0.99
+grad_clip = 1.0
+p_mean = 0.3
+p_std = 1.2
+ema_decay = 0.995
+ema_start = 500
+eval_every = 500
+sample_every = 1000
+checkpoint_every = 500
