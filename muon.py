@@ -8,7 +8,7 @@ import torch
 
 
 class Muon(torch.optim.Optimizer):
-    """params: weights of shape (..., rows, columns). The update is scaled so that AdamW's lr and weight_decay suit it."""
+    """params: weights of shape (..., rows, columns). Updates are scaled so that AdamW's lr and weight_decay suit them."""
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.95):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})

@@ -1,5 +1,6 @@
 """
-The same set with a larger network: 19.0 M parameters, for an hour or two on two CPU cores or minutes on a GPU. Not measured yet.
+The same set with a larger network: 19.0 M parameters, for an hour or two on two CPU cores or minutes on a GPU.
+Its scores are not measured yet.
 
     python prepare_latents.py && python train.py config/small.py
 """
