@@ -8,7 +8,7 @@ import torch
 
 
 class Muon(torch.optim.Optimizer):
-    """params: weights of shape (..., rows, columns). Updates are scaled so that AdamW's lr and weight_decay suit them."""
+    """params: weights of shape (..., rows, columns). Updates are scaled to suit AdamW's lr and weight_decay."""
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.95):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
