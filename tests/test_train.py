@@ -82,6 +82,13 @@ def test_learning_rate_schedules():
     assert all(a > b for a, b in zip(cosine[4:], cosine[5:]))
 
 
+def test_prefetched_batches_come_in_order_and_errors_come_through():
+    assert list(train.prefetched(lambda a, b: (a, b), ((i, 2 * i) for i in range(5)))) == [(i, 2 * i) for i in range(5)]
+    assert list(train.prefetched(lambda a: a, [])) == []
+    with pytest.raises(ZeroDivisionError):
+        list(train.prefetched(lambda a: 1 / a, [(1,), (0,), (2,)]))
+
+
 def test_noise_bins_are_equally_probable():
     sigma = (0.3 + 0.8 * torch.randn(20_000, generator=torch.Generator().manual_seed(0))).exp()
     counts = torch.bincount(train.noise_bins(sigma, 0.3, 0.8), minlength=train.BINS)
@@ -119,12 +126,12 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(fit, tmp_path):
     assert "going on from step 8" in fit(tmp_path / "part", "--unmasked_steps=2")
     fit(tmp_path / "part", "--unmasked_steps=2", steps=10)
     assert list(losses(tmp_path / "part"))[-2:] == [9, 10]
-    # nothing else may change
+    # nothing else may change, and a refusal touches nothing
+    before = weights(tmp_path / "again")
     message = fit(tmp_path / "again", "--unmasked_steps=2", "--learning_rate=1e-3", "--depth=3", fails=True)
     for words in ("learning_rate: 0.003 there, 0.001 now", "depth: 2 there, 3 now", "--out", "--overwrite"):
         assert words in message
     assert "max_steps: 8 there, 7 now" in fit(tmp_path / "again", "--unmasked_steps=2", steps=7, fails=True)
-    before = weights(tmp_path / "again")
     assert_equal(weights(tmp_path / "again"), before)
     fit(tmp_path / "again", "--depth=3", "--overwrite", steps=2)
     assert len(losses(tmp_path / "again")) == 2 and [p.name for p in checkpoint.steps_of(tmp_path / "again")] == [
