@@ -14,7 +14,7 @@ checkpoint = ""               # checkpoint file or run folder; empty: the newest
 count = 256                   # prompts of each kind
 first_seed = 10_000_000       # prompt i is that of shapes.scene(first_seed + i)
 steps = 30                    # as in sample.py, like all that follow
-guidance_scale = 5.0          # how strongly the prompt is followed
+guidance_scale = -1.0         # how strongly the prompt is followed; -1: as the run does
 sampler = "heun"              # heun or dpmpp_2m
 sigma_max = 80.0              # noise level at which sampling starts
 seed = 2024                   # of the start noise
@@ -37,16 +37,17 @@ def main():
         raise ValueError(f"count is {count}: it must be at least 1")
     model = sample.load(checkpoint, device)
     size = model.config.latent_size * model.vae.downsample
-    report = {"checkpoint": model.name, "settings": settings, "scores": {}}
+    guidance = guidance_scale if guidance_scale >= 0 else model.guidance_scale
+    report = {"checkpoint": model.name, "settings": settings | {"guidance_scale": guidance}, "scores": {}}
     for kind, held_out in (("pairs seen in training", False), ("unseen pairs", True)):
         scenes = [shapes.scene(first_seed + i, held_out, size) for i in range(count)]
         wanted = [attributes for _, _, attributes in scenes]
-        images = sample.generate(model, [caption for _, caption, _ in scenes], steps, guidance_scale, seed, sampler,
+        images = sample.generate(model, [caption for _, caption, _ in scenes], steps, guidance, seed, sampler,
                                  sigma_max=sigma_max, batch_size=batch_size, progress=True)
         drawn = [image for image, _, _ in scenes]
         rows = shapes.score(images, wanted), shapes.score(drawn, wanted), shapes.score(drawn[1:] + drawn[:1], wanted)
         report["scores"][kind] = dict(zip(("network", "drawn pictures", "chance"), rows))
-        print(f"\n{model.name}, {count} prompts, {kind}:")
+        print(f"\n{model.name}, {count} prompts, guidance {guidance:g}, {kind}:")
         for name in rows[0]:
             percents = [f"{100 * right / of:5.1f} %" if of else "   none" for right, of in (row[name] for row in rows)]
             right, of = rows[0][name]

@@ -16,7 +16,7 @@ checkpoint = ()               # checkpoint files or run folders; empty: the newe
 images_per_prompt = 1         # pictures of each prompt
 out = "samples"               # folder of the pictures; nothing there is overwritten
 steps = 30                    # sampler steps
-guidance_scale = 5.0          # how strongly the prompt is followed; 1: no guidance, half the work
+guidance_scale = -1.0         # how strongly the prompt is followed; 1: half the work, no guidance; -1: as the run does
 sampler = "heun"              # heun (2 steps - 1 evaluations of the network) or dpmpp_2m (steps evaluations)
 sigma_max = 80.0              # noise level at which sampling starts
 seed = 2024                   # picture i starts from noise that depends on seed + i alone
@@ -62,15 +62,18 @@ def load(path, device=None, ema=True, vae="", text_encoder=""):
             raise ValueError(f"the {end} gives {have} channels, the network of {path} was trained with {want}: leave "
                              f"--{end} out")
     model.name, model.words = f"{path.parent.name}/{path.stem}", data.get("words", [])
+    model.guidance_scale = run["settings"].get("sample_guidance", 5.0)  # of the run's own sample pictures
     return model.to(device).eval().requires_grad_(False)
 
 
-def generate(model, prompts, steps=30, guidance_scale=5.0, seed=2024, sampler="heun", negative_prompts=None,
+def generate(model, prompts, steps=30, guidance_scale=None, seed=2024, sampler="heun", negative_prompts=None,
              sigma_max=80.0, batch_size=16, progress=False):
     """One PIL image per prompt. Picture i starts from noise that depends on seed + i alone, whatever the batch size.
 
-    seed may be a list, one for each picture. negative_prompts: one for each prompt, or one for all.
+    guidance_scale None: that of the run's own sample pictures. seed may be a list, one for each picture.
+    negative_prompts: one for each prompt, or one for all.
     """
+    guidance_scale = model.guidance_scale if guidance_scale is None else guidance_scale
     prompts = list(prompts)
     seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed + i for i in range(len(prompts))]
     negative = [negative_prompts] if isinstance(negative_prompts, str) else list(negative_prompts or [])
@@ -150,8 +153,8 @@ def main():
     pictures = []
     for model in models:
         warn_unknown_words(model, texts + negative)
-        pictures.append(generate(model, texts, steps, guidance_scale, seed, sampler, negative, sigma_max, batch_size,
-                                 progress=True))
+        pictures.append(generate(model, texts, steps, None if guidance_scale < 0 else guidance_scale, seed, sampler,
+                                 negative, sigma_max, batch_size, progress=True))
     folder.mkdir(parents=True, exist_ok=True)
     taken = [int(m.group()) for p in folder.glob("*.png") if (m := re.match(r"\d+", p.name))]
     number = max(taken, default=-1) + 1
@@ -159,8 +162,8 @@ def main():
         for i, image in enumerate(images):
             info = PngInfo()
             used = {"prompt": texts[i], "negative_prompt": negative[i] if negative else "", "seed": seed + i,
-                    "steps": steps, "guidance_scale": guidance_scale, "sampler": sampler, "sigma_max": sigma_max,
-                    "checkpoint": model.name}
+                    "steps": steps, "guidance_scale": guidance_scale if guidance_scale >= 0 else model.guidance_scale,
+                    "sampler": sampler, "sigma_max": sigma_max, "checkpoint": model.name}
             info.add_itxt("prompt", texts[i])
             info.add_itxt("seed", str(seed + i))
             info.add_itxt("settings", json.dumps(used))

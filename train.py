@@ -63,7 +63,7 @@ log_every = 50                # steps between console lines
 eval_every = 500              # steps between validations; 0: never
 sample_every = 1000           # steps between grids of sample pictures; 0: never
 sample_steps = 30             # sampler steps of those pictures
-sample_guidance = 5.0         # guidance scale of those pictures
+sample_guidance = 5.0         # guidance scale of those pictures, and of sample.py where it is not told another
 checkpoint_every = 1000       # steps between checkpoints, besides the last; 0: only the last
 keep_checkpoints = 2          # older ones are deleted
 

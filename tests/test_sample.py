@@ -26,6 +26,7 @@ def runs(tmp_path_factory):
             f"--seed={seed}",
             "--ema_decay=0.99",
             "--learning_rate=1e-2",
+            "--sample_guidance=2",
         )
     return folder
 
@@ -57,6 +58,7 @@ def test_pictures_grid_and_text_chunks(script, runs, tmp_path):
         used["sampler"] == "dpmpp_2m"
         and used["negative_prompt"] == "a ring"
         and used["steps"] == 3
+        and used["guidance_scale"] == 2.0  # that of the run's own samples
         and "run1/step_" in used["checkpoint"]
     )
     before = [p.read_bytes() for p in pictures]
@@ -95,6 +97,15 @@ def test_a_picture_does_not_depend_on_the_batch_it_was_drawn_in(runs):
         assert abs(np.asarray(alone, int) - np.asarray(together[i], int)).max() <= 1
     (other,) = sample.generate(model, PROMPTS[:1], steps=4, seed=8)
     assert (np.asarray(other) != np.asarray(together[0])).any()
+
+
+def test_guidance_is_the_runs_own_unless_told(runs):
+    model = sample.load(runs / "run1", "cpu")
+    by_default, told, other = (
+        np.asarray(sample.generate(model, PROMPTS[:1], steps=4, **kw)[0])
+        for kw in ({}, {"guidance_scale": 2.0}, {"guidance_scale": 5.0})
+    )
+    assert (by_default == told).all() and (by_default != other).any()
 
 
 def test_averaged_weights_are_the_default(runs):

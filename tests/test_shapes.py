@@ -68,14 +68,37 @@ def test_noise_and_the_mean_picture_score_nothing():
 
 def test_unreadable_pictures_are_none_and_count_as_wrong():
     image, _, attributes = shapes.scene(1)
-    plain = Image.new("RGB", (32, 32), "white")
-    blob = Image.fromarray(
-        np.tile(np.array([[255] * 3] * 8 + [[225, 30, 35]] * 16 + [[255] * 3] * 8, np.uint8), (32, 1, 1))
-    )
-    for unreadable in (plain, blob):
+    checkers = np.kron((np.indices((8, 8)).sum(0) % 2)[..., None], np.ones((4, 4, 1))) * 255 + np.zeros(3)
+    for unreadable in (Image.new("RGB", (32, 32), "white"), Image.fromarray(checkers.astype(np.uint8))):
         assert shapes.read(unreadable) is None
         assert all(right == 0 for right, _ in shapes.score([unreadable], [attributes]).values())
     assert all(right == of for right, of in shapes.score([image], [attributes]).values())
+
+
+def test_too_many_objects_are_all_wrong():
+    pixels = np.full((32, 32, 3), 255, np.uint8)
+    pixels[2:10, 2:10] = pixels[2:10, 20:28] = pixels[20:28, 2:10] = shapes.COLORS["red"]
+    want = {"background": "white", "objects": [{"size": "small", "color": "red", "shape": "square"}], "relation": None}
+    picture = Image.fromarray(pixels)
+    assert len(shapes.read(picture)["objects"]) == 3
+    assert {name for name, (right, _) in shapes.score([picture], [want]).items() if right} == {"background"}
+
+
+def test_a_color_is_read_where_the_outline_is_not_legible():
+    pixels = np.full((32, 32, 3), 255, np.uint8)
+    pixels[8:24] = shapes.COLORS["red"]
+    want = {"background": "white", "objects": [{"size": "large", "color": "red", "shape": "square"}], "relation": None}
+    band = Image.fromarray(pixels)
+    assert shapes.read(band)["objects"] == [{"size": None, "color": "red", "shape": None}]
+    scores = shapes.score([band], [want])
+    assert {name for name, (right, of) in scores.items() if right} == {"background", "color"}
+
+
+def test_objects_that_touch_are_two_objects():
+    pair = ({"size": "small", "color": "red", "shape": "square"}, {"size": "large", "color": "blue", "shape": "circle"})
+    image = shapes.render("white", pair, [(0.2, 0.5), (0.2 + 0.9 * 0.15 + 0.25, 0.5)], 32)
+    seen = shapes.read(image)
+    assert [o["color"] for o in seen["objects"]] == ["red", "blue"] and seen["relation"] == "left of"
 
 
 def test_score_counts_each_attribute_alone():
