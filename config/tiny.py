@@ -1,5 +1,5 @@
 """
-The laptop run: 2.4 M parameters, the built-in drawn set at 32 px, about ten minutes on two CPU cores.
+The laptop run: 2.4 M parameters, the built-in drawn set at 32 px, about nine minutes on two CPU cores.
 
     python prepare_latents.py && python train.py config/tiny.py
 
@@ -22,8 +22,8 @@ expert_capacity = 1.0
 # training
 batch_size = 32
 micro_batch_size = 32
-max_steps = 3300
-unmasked_steps = 1900
+max_steps = 3000
+unmasked_steps = 1700
 optimizer = "muon"
 learning_rate = 4e-3
 warmup_steps = 40
@@ -36,6 +36,6 @@ p_std = 1.0
 ema_decay = 0.99
 ema_start = 100
 sample_guidance = 2.0
-eval_every = 660
-sample_every = 1650
-checkpoint_every = 825
+eval_every = 600
+sample_every = 1500
+checkpoint_every = 750
