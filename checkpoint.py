@@ -13,6 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+import released
 from dataset import write_atomic
 from model import MicroDiT, MicroDiTConfig
 
@@ -39,9 +40,11 @@ def newest(root="runs"):
 
 
 def find(path):
-    """The file that `path` means: a file, or the last checkpoint of a run's folder; "" for the newest run"""
+    """The file that `path` means: itself, a run folder's last checkpoint, the newest run's for "", or a .pt on the hub"""
     if not path:
         return newest()
+    if str(path).endswith(released.SUFFIXES) and not Path(path).exists() and str(path).count("/") >= 2:
+        return released.download(str(path))
     path = Path(path)
     if path.is_dir():
         steps = steps_of(path)
@@ -70,7 +73,9 @@ def strip(tensors, prefix):
 
 
 def load_network(path, use_ema=True):
-    """(network, run): with the averaged weights if wanted and there"""
+    """(network, run): with the averaged weights if wanted and there. A released .pt file gives its weights."""
+    if str(path).endswith(released.SUFFIXES):
+        return released.load(path)
     run, tensors = read(path, ("model.", "ema.") if use_ema else ("model.",))
     net = MicroDiT(MicroDiTConfig(**run["config"]))
     net.load_state_dict(strip(tensors, "ema.") or strip(tensors, "model."))

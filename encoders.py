@@ -2,26 +2,48 @@
 The frozen ends of the model: an autoencoder between pictures and latents, a text encoder from captions to embeddings.
 
 "pixels" and "words" stand in for the published ones: nothing to download, the same on every machine, and no weights.
+The published ones are in vae.py and text.py.
 """
 import hashlib
 import re
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 
 def load_vae(name, device="cpu", dtype=None, scaling_factor=None):
-    """The autoencoder `name`: "pixels". ValueError if there is no such autoencoder."""
+    """The autoencoder `name`: "pixels", or a published one as a folder, a .safetensors file or a hub id (vae.py).
+
+    .posterior(images) -> mean, logvar; .encode(images, generator=None) -> scaled latents; .decode(latents) -> images.
+    ValueError if there is no such autoencoder.
+    """
     if name == "pixels":
         return Pixels(scaling_factor)
-    raise ValueError(f"unknown autoencoder '{name}': there is 'pixels'")
+    if looks_like_a_name(name):
+        raise ValueError(f"unknown autoencoder '{name}': there is 'pixels', or give a folder, a .safetensors file or a "
+                         "hub id such as stabilityai/sdxl-vae")
+    import vae
+    return vae.load(name, device, dtype, scaling_factor)
 
 
 def load_text_encoder(name, device="cpu"):
-    """The text encoder `name`: "words". A list of captions -> (B,L,D) float. ValueError if there is no such encoder."""
+    """The text encoder `name`: "words", or CLIP or T5 as a folder or hub id (text.py). Captions -> (B,L,D) float.
+
+    ValueError if there is no such encoder.
+    """
     if name == "words":
         return Words(device)
-    raise ValueError(f"unknown text encoder '{name}': there is 'words'")
+    if looks_like_a_name(name):
+        raise ValueError(f"unknown text encoder '{name}': there is 'words', or give a folder or a hub id such as "
+                         "apple/DFN5B-CLIP-ViT-H-14-378")
+    import text
+    return text.load(name, device)
+
+
+def looks_like_a_name(name):
+    """A single word that is nothing on this disk: a misspelt name rather than a path or a hub id"""
+    return "/" not in str(name) and not Path(name).exists()
 
 
 class Pixels:

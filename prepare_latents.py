@@ -28,6 +28,7 @@ if __name__ == "__main__":
     settings = configure(globals())
 
 import glob
+import hashlib
 import io
 import json
 import os
@@ -188,6 +189,12 @@ def square(image, side):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
+def generator(text):
+    """Of a picture's one draw from its posterior: a function of its name, so that nothing depends on order or batch"""
+    seed = int.from_bytes(hashlib.sha256(text.encode(errors="surrogateescape")).digest()[:8], "little") >> 1
+    return torch.Generator().manual_seed(seed)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -211,7 +218,8 @@ class Encoder:
             return
         for i, r in enumerate(resolutions):
             images = torch.stack([squares[i] for squares, _ in self.pending])
-            self.latents[r].append(self.vae.encode(images).half().cpu().numpy())
+            draws = [generator(f"{row['source']} {r}") for _, row in self.pending]
+            self.latents[r].append(self.vae.encode(images, draws).half().cpu().numpy())
         rows = [row for _, row in self.pending]
         self.captions.append(self.text([row["caption"] for row in rows]).half().cpu().numpy())
         self.rows += rows

@@ -55,6 +55,10 @@ def load(path, device=None, ema=True, vae="", text_encoder=""):
         model.vae = load_vae(vae, device)
     else:
         model.vae = load_vae(data["vae"]["name"], device, scaling_factor=data["vae"]["scaling_factor"])
+    if "released" in run and getattr(model.vae, "shift", 0):
+        print(f"note: the released networks were trained without the shift of {model.vae.shift} in the config of "
+              f"{model.vae.name}: none is applied", file=sys.stderr)
+        model.vae.shift = 0.0
     model.text_encoder = load_text_encoder(text_encoder or data["text_encoder"]["name"], device)
     for end, have, want in (("vae", model.vae.latent_channels, model.config.latent_channels),
                             ("text_encoder", model.text_encoder.dim, model.config.caption_dim)):

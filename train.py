@@ -285,12 +285,13 @@ class Trainer:
         self.update_ema()
 
     def init_weights(self, path):
-        run, tensors = checkpoint.read(path, ("model.",))
-        check_same_encoders(run["data"], path, self.run["data"], data)
+        source, run = checkpoint.load_network(path, use_ema=False)
+        if "released" not in run:  # those name no data set; that their tensors fit is enough
+            check_same_encoders(run["data"], path, self.run["data"], data)
         try:
-            self.net.load_state_dict(checkpoint.strip(tensors, "model."))
+            self.net.load_state_dict(source.state_dict())
         except RuntimeError:
-            theirs, ours = run["config"], json.loads(json.dumps(self.run["config"]))
+            theirs, ours = json.loads(json.dumps(run["config"])), json.loads(json.dumps(self.run["config"]))
             differ = [f"{k}: {theirs.get(k)} there, {v} now" for k, v in ours.items() if theirs.get(k) != v]
             raise ValueError(f"the weights of {path} do not fit this network ({'; '.join(differ)})") from None
 
@@ -417,10 +418,6 @@ def main():
     folder = Path(out)
     described = {k: train_set.info[k] for k in ("vae", "text_encoder", "resolutions", "words", "settings")}
     run = {"config": asdict(config), "settings": settings, "data": {**described, "rows": rows}}
-    if overwrite and rank == 0:
-        for old in checkpoint.steps_of(folder):
-            old.unlink()
-        shutil.rmtree(folder / "samples", ignore_errors=True)
     resume = None if overwrite else find_resume(folder, run)
 
     where = pick_device(device)
@@ -436,6 +433,10 @@ def main():
         return torch.autocast(where.type, torch.bfloat16) if half else contextlib.nullcontext()
 
     trainer = Trainer(config, where, run)
+    if overwrite and rank == 0:  # not before everything that can be refused was read
+        for old in checkpoint.steps_of(folder):
+            old.unlink()
+        shutil.rmtree(folder / "samples", ignore_errors=True)
     if resume:
         trainer.load(resume)
     if world > 1:

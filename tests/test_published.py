@@ -1,0 +1,134 @@
+"""Published models, small and random but in their real formats: released checkpoints, and the whole way through them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_text import write_clip
+from test_vae import SMALL, published
+
+import checkpoint
+import model
+import released
+import sample
+
+# XL/2 but for its size: what a state dict does not tell has the default value
+NETWORK = dict(latent_size=8, latent_channels=4, dim=128, depth=4, mixer_depth=2, mixer_dim=64, caption_dim=32)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    published(folder / "vae", SMALL | {"shift_factor": 0.1})
+    write_clip(folder / "clip")
+    torch.manual_seed(0)
+    net = model.MicroDiT(model.MicroDiTConfig(**NETWORK))
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.02 * torch.randn(p.shape))
+    torch.save(net.to_official(), folder / "dit.pt")
+    return folder
+
+
+def small_config(path):
+    return released.infer_config(released.network_tensors(released.read(path), path))
+
+
+def test_the_config_of_a_released_file_is_inferred(models):
+    assert small_config(models / "dit.pt") == model.MicroDiTConfig(**NETWORK)
+
+
+@pytest.mark.parametrize("channels", [4, 16])
+@pytest.mark.parametrize("size, scale", [(32, 1.0), (64, 2.0)])
+def test_the_published_networks_are_recognised(channels, size, scale):
+    config = model.MicroDiTConfig(latent_size=size, latent_channels=channels, pos_scale=scale)
+    with torch.device("meta"):
+        net = model.MicroDiT(config)
+    state = net.to_official() | {"pos_embed": model.position_table(config).unsqueeze(0)}
+    assert released.infer_config(state) == config
+
+
+@pytest.mark.parametrize("kind", ["bare", "wrapped", "composer"])
+def test_the_weights_come_through(models, tmp_path, kind):
+    state = torch.load(models / "dit.pt", weights_only=True)
+    if kind == "wrapped":
+        state = {"state_dict": state}
+    elif kind == "composer":
+        inner = {f"dit.{n}": t for n, t in state.items()} | {"vae.encoder.conv_in.bias": torch.zeros(2)}
+        state = {"state": {"model": inner, "rank_zero_seed": 17}, "rng": [1, 2]}
+    torch.save(state, tmp_path / "x.pt")
+    net, run = checkpoint.load_network(tmp_path / "x.pt")
+    again = net.to_official()
+    for name, tensor in torch.load(models / "dit.pt", weights_only=True).items():
+        torch.testing.assert_close(again[name], tensor)
+    assert run["data"]["vae"]["name"] == "stabilityai/stable-diffusion-xl-base-1.0/vae"
+
+
+class Foreign:
+    pass
+
+
+def test_files_that_are_not_released_checkpoints(models, tmp_path):
+    whole = (models / "dit.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    torch.save({"state": {"model": {}, "algorithm": Foreign()}}, tmp_path / "unsafe.pt")
+    torch.save({"other.weight": torch.zeros(2)}, tmp_path / "other.pt")
+    state = torch.load(models / "dit.pt", weights_only=True)
+    torch.save({n: t for n, t in state.items() if n != "final_layer.linear.bias"}, tmp_path / "less.pt")
+    for name, words in (
+        ("cut", "not a whole checkpoint"),
+        ("unsafe", r"Foreign.*take the weights out"),
+        ("other", "no x_embedder"),
+        ("less", "missing final_layer.linear.bias"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            checkpoint.load_network(checkpoint.find(tmp_path / f"{name}.pt"))
+    with pytest.raises(ValueError, match="could it be fetched from the hub"):
+        checkpoint.find("VSehwag24/MicroDiT/ckpts/none.pt")
+
+
+def test_prepare_train_from_a_released_network_and_sample(script, models, tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    for i in range(12):
+        pixels = rng.integers(0, 256, (40, 36 + i, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"photos/{i}.png")
+        (tmp_path / f"photos/{i}.txt").write_text(f"A photo of {i} cats!")
+    ends = ("--vae", models / "vae", "--text_encoder", models / "clip")
+    data = tmp_path / "data"
+    script("prepare_latents.py", "--source", tmp_path / "photos", "--out", data, *ends, "--resolutions=32")
+    info = json.loads((data / "dataset.json").read_text())
+    assert info["vae"]["scaling_factor"] == 0.5 and info["text_encoder"]["dim"] == 32
+    assert np.load(data / "00000.latents32.npy").shape == (12, 4, 8, 8)
+    assert np.load(data / "00000.captions.npy").shape == (12, 77, 32)
+
+    sizes = [f"--{k}={v}" for k, v in NETWORK.items() if k not in ("latent_channels", "caption_dim")]
+    run = ("train.py", "--data", data, "--init_from", models / "dit.pt", "--out", tmp_path / "run", "--max_steps=2")
+    steps = ("--batch_size=4", "--micro_batch_size=4", "--unmasked_steps=1", "--sample_every=0", "--mask_ratio=0.5")
+    script(*run, *steps, *sizes, "--learning_rate=1e-9")
+    trained, _ = checkpoint.load_network(checkpoint.find(tmp_path / "run"))
+    start, _ = checkpoint.load_network(models / "dit.pt")
+    for (name, a), b in zip(trained.named_parameters(), start.parameters()):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0, msg=name)
+    assert "do not fit this network" in script(*run, "--overwrite", "1", *steps, *sizes, "--depth=5", fails=True)
+
+    draw = ("sample.py", "--prompt", "a cat", "a dog", "--steps=2", "--out")
+    script(*draw, tmp_path / "own", "--checkpoint", tmp_path / "run")
+    printed = script(*draw, tmp_path / "theirs", "--checkpoint", models / "dit.pt", *ends)
+    assert "without the shift of 0.1" in printed
+    own, theirs = (sorted((tmp_path / n).glob("*seed*.png")) for n in ("own", "theirs"))
+    assert len(own) == len(theirs) == 2 and Image.open(theirs[0]).size == (32, 32)
+    assert json.loads(Image.open(theirs[0]).text["settings"])["guidance_scale"] == 5.0
+
+
+def test_a_picture_of_a_released_network_is_what_its_parts_give(models):
+    ends = {"vae": str(models / "vae"), "text_encoder": str(models / "clip")}
+    loaded = sample.load(models / "dit.pt", "cpu", **ends)
+    (image,) = sample.generate(loaded, ["a cat"], steps=3, guidance_scale=2.0, seed=5)
+    noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(5)).unsqueeze(0)
+    latents = model.sample(loaded, noise, loaded.text_encoder(["a cat"]), 3, 2.0)
+    pixels = loaded.vae.decoder(loaded.vae.post_quant_conv(latents / 0.5))  # no shift
+    expected = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round()[0].permute(1, 2, 0).numpy()
+    assert abs(np.asarray(image, float) - expected).max() <= 1

@@ -1,0 +1,139 @@
+"""text.py: token ids against open_clip's, embeddings against a plain restatement of its text tower."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel
+
+import encoders
+import text
+
+DATA = json.loads((Path(__file__).parent / "data/clip_tokens.json").read_text())
+TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "vocab_size": 49408, "projection_dim": 16, "hidden_act": "quick_gelu", "bos_token_id": 49406,
+         "eos_token_id": 49407}  # fmt: skip
+
+
+def write_tokenizer(folder):
+    (folder / "vocab.json").write_text(json.dumps(DATA["vocab"]))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(DATA["merges"]) + "\n")
+    CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt")).save_pretrained(folder)
+
+
+def write_clip(folder, **changes):
+    """A small random CLIP text model in the published format"""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    model = CLIPTextModel(CLIPTextConfig(**TOWER | changes))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn(p.shape))
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
+    return model
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clip")
+    write_clip(folder)
+    return folder
+
+
+def test_token_ids_equal_open_clips(clip):
+    assert len(DATA["captions"]) >= 200
+    rows = encoders.load_text_encoder(str(clip)).ids(DATA["captions"])
+    assert rows.shape == (len(DATA["captions"]), 77)
+    wrong = [
+        c for c, ids, row in zip(DATA["captions"], DATA["ids"], rows.tolist()) if row != ids + [0] * (77 - len(ids))
+    ]
+    assert not wrong
+
+
+def tower(weights, ids, heads):
+    """open_clip's text tower: causal, without any other mask, to the final layer norm"""
+    w = {n.removeprefix("text_model."): t for n, t in weights.items()}
+    x = w["embeddings.token_embedding.weight"][ids] + w["embeddings.position_embedding.weight"]
+
+    def linear(x, name):
+        return F.linear(x, w[name + ".weight"], w[name + ".bias"])
+
+    def norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], w[name + ".weight"], w[name + ".bias"], 1e-5)
+
+    for i in range(2):
+        at = f"encoder.layers.{i}."
+        h = norm(x, at + "layer_norm1")
+        q, k, v = (linear(h, at + f"self_attn.{n}_proj").unflatten(-1, (heads, -1)).transpose(1, 2) for n in "qkv")
+        scores = q @ k.mT / q.shape[-1] ** 0.5
+        scores = scores + torch.full_like(scores, -torch.inf).triu(1)
+        x = x + linear((scores.softmax(-1) @ v).transpose(1, 2).flatten(2), at + "self_attn.out_proj")
+        h = linear(norm(x, at + "layer_norm2"), at + "mlp.fc1")
+        x = x + linear(h * torch.sigmoid(1.702 * h), at + "mlp.fc2")
+    return norm(x, "final_layer_norm")
+
+
+def test_embeddings_equal_the_tower(clip):
+    encode = encoders.load_text_encoder(str(clip))
+    out = encode(DATA["captions"])
+    assert out.shape == (len(DATA["captions"]), 77, 32) and encode.dim == 32 and encode.length == 77
+    torch.testing.assert_close(
+        out, tower(encode.model.state_dict(), encode.ids(DATA["captions"]), 2), atol=2e-5, rtol=1e-4
+    )
+
+
+def test_a_whole_clip_model_and_another_activation(tmp_path):
+    torch.manual_seed(0)
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 28, "patch_size": 14}  # fmt: skip
+    whole = CLIPModel(CLIPConfig(text_config=TOWER, vision_config=vision, projection_dim=16))
+    whole.save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    encode = text.load(tmp_path)
+    torch.testing.assert_close(encode(["a cat"]), tower(whole.text_model.state_dict(), encode.ids(["a cat"]), 2))
+
+
+def test_the_wrong_activation_is_refused(tmp_path):
+    write_clip(tmp_path, hidden_act="gelu")
+    assert text.load(tmp_path).dim == 32  # some models were trained so
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"quick_gelu": True}}))
+    with pytest.raises(ValueError, match="hidden_act gelu"):
+        text.load(tmp_path)
+    assert text.needs_quick_gelu(text.DEFAULT)
+
+
+def test_t5_masks_the_padding_and_keeps_120_tokens(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "</s>", "<unk>", "a", "photo", "of", "cat", "dog"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    small = T5Config(vocab_size=8, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    model = T5EncoderModel(small).eval()
+    model.save_pretrained(tmp_path)
+    encode = encoders.load_text_encoder(str(tmp_path))
+    out = encode(["a photo of a cat", "A dog"])
+    assert out.shape == (2, 120, 16) and encode.dim == 16 and encode.length == 120
+    ids = torch.tensor([[3, 4, 5, 3, 6, 1]])
+    with torch.no_grad():
+        torch.testing.assert_close(out[:1, :6], model(ids).last_hidden_state, atol=1e-5, rtol=1e-4)
+
+
+def test_what_cannot_be_loaded_says_why(tmp_path):
+    for name, message in (("no/such-model", "neither a folder here nor"), (tmp_path, "model_type")):
+        with pytest.raises(ValueError, match=f"text encoder {name}.*{message}"):
+            text.load(name)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(ValueError, match="CLIP and T5 are understood"):
+        encoders.load_text_encoder(str(tmp_path))
+    with pytest.raises(ValueError, match="unknown text encoder"):
+        encoders.load_text_encoder("word")

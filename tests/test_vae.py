@@ -1,0 +1,194 @@
+"""vae.py against diffusers' AutoencoderKL, on random models written to disk in the published formats."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import encoders
+import vae
+
+# the shapes of stabilityai/sdxl-vae and ostris/vae-kl-f8-d16
+SDXL = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4, "scaling_factor": 0.13025}
+OSTRIS = {"block_out_channels": [128, 128, 256, 512], "latent_channels": 16, "scaling_factor": 0.6}
+SMALL = {"block_out_channels": [32, 64, 64], "latent_channels": 4, "scaling_factor": 0.5}
+
+
+def published(folder, config, **more):
+    """A random model of this config, written by diffusers"""
+    from diffusers import AutoencoderKL
+
+    n = len(config["block_out_channels"])
+    torch.manual_seed(0)
+    theirs = AutoencoderKL(
+        **config,
+        layers_per_block=2,
+        down_block_types=["DownEncoderBlock2D"] * n,
+        up_block_types=["UpDecoderBlock2D"] * n,
+        **more,
+    ).eval()
+    with torch.no_grad():
+        for _, p in theirs.named_parameters():  # every norm and bias different from its start
+            if p.ndim == 1:
+                p.add_(0.2 * torch.randn(p.shape))
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vae")
+    return published(folder, SMALL), folder
+
+
+def assert_close(ours, theirs):
+    assert ours.shape == theirs.shape and (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def assert_equal_networks(ours, theirs, images):
+    with torch.no_grad():
+        posterior = theirs.encode(images).latent_dist
+        mean, logvar = ours.posterior(images)
+        assert_close(mean, posterior.mean)
+        assert_close(logvar, posterior.logvar)
+        assert_close(ours.decode(mean * ours.scaling_factor), theirs.decode(posterior.mean).sample)
+
+
+@pytest.mark.parametrize("config, parameters", [(SDXL, 83_653_863), (OSTRIS, 57_266_643)], ids=["sdxl", "ostris"])
+def test_equal_to_diffusers(tmp_path, config, parameters):
+    theirs = published(tmp_path, config)
+    ours = encoders.load_vae(str(tmp_path))
+    assert sum(p.numel() for p in ours.parameters()) == parameters and len(list(ours.parameters())) == 248
+    assert (ours.latent_channels, ours.downsample, ours.scaling_factor) == (
+        config["latent_channels"],
+        8,
+        config["scaling_factor"],
+    )
+    assert_equal_networks(ours, theirs, torch.rand(2, 3, 48, 64) * 2 - 1)
+
+
+@pytest.mark.parametrize("option", ["use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"])
+def test_parts_that_a_config_leaves_out(tmp_path, option):
+    theirs = published(tmp_path, SMALL, **{option: False})
+    assert_equal_networks(vae.load(tmp_path), theirs, torch.rand(1, 3, 32, 32) * 2 - 1)
+
+
+def test_a_pipelines_folder_and_legacy_attention_names(small, tmp_path):
+    theirs, folder = small
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae/config.json").write_text((folder / "config.json").read_text())
+    tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
+    for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+        tensors = {n.replace(f"attentions.0.{new}.", f"attentions.0.{old}."): t for n, t in tensors.items()}
+    save_file(tensors, tmp_path / "vae/diffusion_pytorch_model.safetensors")
+    assert_equal_networks(vae.load(tmp_path), theirs, torch.rand(1, 3, 32, 32) * 2 - 1)
+
+
+def ldm_names(tensors, levels):
+    """The names of the LDM code, whose decoder counts its levels from the finest"""
+    out = {}
+    for name, tensor in tensors.items():
+        parts = name.split(".")
+        if "down_blocks" in parts or "up_blocks" in parts:
+            level = int(parts[2]) if "down_blocks" in parts else levels - 1 - int(parts[2])
+            kind = {"resnets": "block", "downsamplers": "downsample", "upsamplers": "upsample"}[parts[3]]
+            rest = parts[4:] if kind == "block" else parts[5:]
+            name = ".".join([parts[0], "down" if "down_blocks" in parts else "up", str(level), kind, *rest])
+        elif "mid_block" in parts:
+            if "resnets" in parts:
+                name = ".".join([parts[0], "mid", f"block_{int(parts[3]) + 1}", *parts[4:]])
+            else:
+                layer = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out": "proj_out"}[parts[4]]
+                name = ".".join([parts[0], "mid.attn_1", layer, parts[-1]])
+                tensor = tensor[:, :, None, None] if tensor.ndim == 2 else tensor
+        out[name.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")] = tensor.contiguous()
+    return out
+
+
+def test_a_single_file_in_the_ldm_format(small, tmp_path):
+    theirs, folder = small
+    tensors = ldm_names(load_file(folder / "diffusion_pytorch_model.safetensors"), levels=3)
+    save_file(tensors, tmp_path / "vae.safetensors")
+    with pytest.raises(ValueError, match="give scaling_factor"):
+        vae.load(tmp_path / "vae.safetensors")
+    ours = vae.load(tmp_path / "vae.safetensors", scaling_factor=0.5)
+    assert_equal_networks(ours, theirs, torch.rand(1, 3, 32, 32) * 2 - 1)
+    # the same inside a whole checkpoint
+    whole = {f"first_stage_model.{n}": t for n, t in tensors.items()} | {"model.diffusion_model.x": torch.zeros(1)}
+    save_file(whole, tmp_path / "whole.safetensors")
+    assert_equal_networks(
+        vae.load(tmp_path / "whole.safetensors", scaling_factor=0.5), theirs, torch.zeros(1, 3, 32, 32)
+    )
+
+
+def test_draws_have_the_posteriors_spread_and_do_not_depend_on_the_batch(small):
+    ours = vae.load(small[1])
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    mean, logvar = ours.posterior(images)
+    torch.testing.assert_close(ours.encode(images), mean * 0.5)
+    draws = torch.stack([ours.encode(images, torch.Generator().manual_seed(i)) for i in range(300)]) / 0.5
+    z = (draws - mean) / (0.5 * logvar).exp()
+    assert abs(z.mean()) < 0.02 and abs(z.std() - 1) < 0.02
+    together = ours.encode(images, [torch.Generator().manual_seed(i) for i in (5, 6)])
+    alone = ours.encode(images[1:], [torch.Generator().manual_seed(6)])
+    torch.testing.assert_close(together[1:], alone)
+
+
+def test_slices_do_not_change_the_result(small, monkeypatch):
+    ours, latents = vae.load(small[1]), torch.randn(5, 4, 4, 4)
+    whole = ours.decode(latents)
+    monkeypatch.setattr(vae, "SLICE", 2)
+    torch.testing.assert_close(ours.decode(latents), whole)
+
+
+def test_the_shift_is_applied_unless_it_is_switched_off(tmp_path):
+    published(tmp_path, SMALL, shift_factor=0.25)
+    ours, images = vae.load(tmp_path), torch.rand(1, 3, 16, 16) * 2 - 1
+    torch.testing.assert_close(ours.encode(images), (ours.posterior(images)[0] - 0.25) * 0.5)
+    before = ours.decode(ours.encode(images))
+    ours.shift = 0.0
+    torch.testing.assert_close(ours.decode(ours.encode(images)), before)
+
+
+def edited(folder, to, **changes):
+    config = json.loads((folder / "config.json").read_text()) | changes
+    to.mkdir()
+    (to / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v != "none"}))
+    (to / "diffusion_pytorch_model.safetensors").symlink_to(folder / "diffusion_pytorch_model.safetensors")
+    return to
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"scaling_factor": "none"}, "does not name one"),
+        ({"latent_channels": 8}, "do not fit its config"),
+        ({"block_out_channels": [32, 64]}, "its weights do not fit its config in"),
+        ({"act_fn": "mish"}, "act_fn mish"),
+        ({"down_block_types": ["AttnDownEncoderBlock2D"]}, "AttnDownEncoderBlock2D"),
+        ({"latents_mean": [1, 2, 3, 4]}, "latents_mean"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(small, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        vae.load(edited(small[1], tmp_path / "v", **changes))
+
+
+def test_what_cannot_be_loaded_says_why(small, tmp_path):
+    for name, message in (
+        ("pixel", "unknown autoencoder"),
+        ("./nothing", "no such file or folder"),
+        (tmp_path, "no config.json"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            encoders.load_vae(str(name))
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes((small[1] / "diffusion_pytorch_model.safetensors").read_bytes()[:5000])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        vae.load(cut, scaling_factor=1.0)
+    with pytest.raises(ValueError, match="overflows in float16"):
+        vae.load(small[1], dtype=torch.float16)
+    fixed = edited(small[1], tmp_path / "fixed", force_upcast=False)
+    assert vae.load(fixed, dtype=torch.float16).encoder.conv_in.weight.dtype == torch.float16
+    assert vae.load(small[1], dtype=torch.bfloat16).decode(torch.zeros(1, 4, 2, 2)).dtype == torch.float32
