@@ -40,7 +40,7 @@ def newest(root="runs"):
 
 
 def find(path):
-    """The file that `path` means: itself, a run folder's last checkpoint, the newest run's for "", or a .pt on the hub"""
+    """The file that `path` means: itself, a run folder's last checkpoint, the newest run's for "", or one on the hub"""
     if not path:
         return newest()
     if str(path).endswith(released.SUFFIXES) and not Path(path).exists() and str(path).count("/") >= 2:

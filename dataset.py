@@ -3,20 +3,24 @@ The prepared folder: dataset.json describes it, each shard is a few files with o
 
     dataset.json           format, source, vae, text_encoder, resolutions, rows, shards, words
     00000.latents32.npy    (rows, C, h, w) float16, the scaled latents of the 32 px pictures; one file per resolution
-    00000.captions.npy     (rows, L, D) float16
-    00000.rows.jsonl       {"caption", "source", "width", "height"} of each row
+    00000.captions.npy     (rows, L, D) float16, or int8 with 00000.scales.npy (rows, L, D/32) float16
+    00000.rows.jsonl       {"caption", "source", "width", "height"} of each row, as they were before the resize
     skipped.jsonl          {"source", "reason"} of the pictures that could not be used
 
-dataset.json names only finished shards, so a folder is readable at any moment.
+While it is being prepared, 00000.done.json stands for a finished shard and 00000.skipped.jsonl for its part of
+skipped.jsonl; both go when dataset.json says "complete".
 """
 import errno
 import json
+import math
 import os
 from pathlib import Path
 
 import numpy as np
+import torch
 
 FORMAT = "nanomicrodit-dataset-1"
+BLOCK = 32  # neighbouring numbers of an int8 caption embedding that share a scale
 
 
 def write_atomic(path, write):
@@ -46,18 +50,49 @@ def write_json(path, value):
     write_atomic(path, lambda file: file.write(json.dumps(value, indent=1, ensure_ascii=False).encode()))
 
 
-def write_shard(folder, name, latents, captions, rows):
-    """Write one shard: latents {resolution: (n,C,h,w)}, captions (n,L,D), rows a list of n dicts."""
-    arrays = {f"{name}.latents{r}.npy": a for r, a in latents.items()} | {f"{name}.captions.npy": captions}
-    for file_name, array in arrays.items():
-        array = np.ascontiguousarray(array, np.float16)
+def write_array(path, array):
+    array = np.ascontiguousarray(array)
 
-        def write(file):  # not np.save: its error on a full disk does not say so
-            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
-            file.write(array.data)
-        write_atomic(Path(folder) / file_name, write)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomic(Path(folder) / f"{name}.rows.jsonl", lambda file: file.write(text.encode()))
+    def write(file):  # not np.save: its error on a full disk does not say so
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.data)
+    write_atomic(path, write)
+
+
+def write_lines(path, values):
+    # names of files may hold what is no text; JSON's own escape keeps it readable
+    lines = (json.dumps(v, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n" for v in values)
+    write_atomic(path, lambda file: file.writelines(lines))
+
+
+def write_shard(folder, name, latents, captions, rows, caption_dtype="float16"):
+    """Write one shard: latents {resolution: (n,C,h,w)}, captions (n,L,D) float, rows a list of n dicts."""
+    arrays = {f"latents{r}": a.astype(np.float16) for r, a in latents.items()}
+    if caption_dtype == "int8":
+        arrays["captions"], arrays["scales"] = quantize(captions)
+    else:
+        arrays["captions"] = captions.astype(np.float16)
+    for kind, array in arrays.items():
+        write_array(Path(folder) / f"{name}.{kind}.npy", array)
+    write_lines(Path(folder) / f"{name}.rows.jsonl", rows)
+
+
+def quantize(captions):
+    """(n,L,D) float -> int8 (n,L,D) and float16 scales (n,L,D/32): the largest of every 32 neighbours becomes 127.
+
+    One scale per 32 and not per token, because a few channels of CLIP's are many times larger than the others.
+    """
+    n, length, dim = captions.shape
+    blocks = captions.astype(np.float32).reshape(n, length, -1, math.gcd(dim, BLOCK))
+    scales = (np.abs(blocks).max(-1) / 127).astype(np.float16)
+    rounded = blocks / np.maximum(scales.astype(np.float32), 1e-7)[..., None]
+    return rounded.round().clip(-127, 127).astype(np.int8).reshape(captions.shape), scales
+
+
+def dequantize(captions, scales):
+    """The inverse of quantize, for tensors on any device -> (n,L,D) float32"""
+    blocks = captions.unflatten(-1, (scales.shape[-1], -1)).float() * scales.float().unsqueeze(-1)
+    return blocks.flatten(-2)
 
 
 def read_info(folder):
@@ -98,34 +133,41 @@ class Dataset:
             raise ValueError(f"{folder} has latents of size {there}, not {latent_size}: set latent_size, or prepare it "
                              f"with --resolutions {latent_size * vae['downsample']}")
         latent_shape = (vae["latent_channels"], latent_size, latent_size)
-        self.latents, self.captions = [], []
+        dtype = np.dtype(self.info.get("caption_dtype", "float16"))
+        self.latents, self.captions, self.scales = [], [], []
         for shard in self.info["shards"]:
             name, n = shard["name"], shard["rows"]
             self.latents.append(self._open(f"{name}.latents{sizes[latent_size]}.npy", (n, *latent_shape)))
-            self.captions.append(self._open(f"{name}.captions.npy", (n, text["length"], text["dim"])))
+            self.captions.append(self._open(f"{name}.captions.npy", (n, text["length"], text["dim"]), dtype))
+            if dtype == np.int8:
+                blocks = text["dim"] // math.gcd(text["dim"], BLOCK)
+                self.scales.append(self._open(f"{name}.scales.npy", (n, text["length"], blocks)))
         self.starts = np.cumsum([0] + [shard["rows"] for shard in self.info["shards"]])
 
-    def _open(self, name, shape):
+    def _open(self, name, shape, dtype=np.float16):
         path = self.folder / name
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"{path} is missing or cut short ({error}): prepare the folder again with "
                              "--overwrite") from None
-        if array.shape != shape or array.dtype != np.float16:
-            raise ValueError(f"{path} holds {array.dtype} {array.shape}, dataset.json says float16 {shape}: prepare "
-                             "the folder again with --overwrite")
+        if array.shape != shape or array.dtype != dtype:
+            raise ValueError(f"{path} holds {array.dtype} {array.shape}, dataset.json says {np.dtype(dtype)} {shape}: "
+                             "prepare the folder again with --overwrite")
         return array
 
     def __len__(self):
         return int(self.starts[-1])
 
     def rows(self, ids):
-        """latents (n,C,h,w) and captions (n,L,D) of these rows, float16"""
+        """latents (n,C,h,w) and captions (n,L,D) of these rows, float16 (captions stored as int8: float32)"""
         shards = np.searchsorted(self.starts, ids, side="right") - 1
-        local = np.asarray(ids) - self.starts[shards]
-        return (np.stack([self.latents[s][i] for s, i in zip(shards, local)]),
-                np.stack([self.captions[s][i] for s, i in zip(shards, local)]))
+        where = list(zip(shards, np.asarray(ids) - self.starts[shards]))
+        latents, captions = (np.stack([a[s][i] for s, i in where]) for a in (self.latents, self.captions))
+        if self.scales:
+            scales = np.stack([self.scales[s][i] for s, i in where])
+            captions = dequantize(torch.from_numpy(captions), torch.from_numpy(scales)).numpy()
+        return latents, captions
 
     def texts(self, ids):
         """The caption texts of these rows"""

@@ -1,13 +1,16 @@
 """What the scripts need to know about the machine."""
 import contextlib
 import ctypes
+import os
 import sys
-
-import torch
+import threading
+import time
+from pathlib import Path
 
 
 def pick_device(name):
     """torch.device of "cuda", "mps", "cpu" or "auto" (or None), the best there is; ValueError if it is not there."""
+    import torch  # not above: what else is here is wanted before torch, or without it
     there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     if name in (None, "auto"):
         return torch.device(there[0])
@@ -23,3 +26,24 @@ def keep_freed_memory():
             libc = ctypes.CDLL("libc.so.6")
             libc.mallopt(-4, 0)            # M_MMAP_MAX: take large blocks from the heap too
             libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: and leave it as large as it got
+
+
+def exit_with_parent():
+    """End this process when the one that started it is gone, however that ended: nobody else would."""
+    parent = os.getppid()
+    with contextlib.suppress(OSError):  # it may be gone already, and this process with init; not everywhere is a /proc
+        command = Path(f"/proc/{parent}/cmdline").read_bytes()
+        if not any(word in command for word in (b"python", b"torch", b"pytest")):
+            os._exit(1)
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def exit_with_launcher():
+    """Of a process of torchrun: a killed launcher would leave it behind, to write into the folder of the next run."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        exit_with_parent()
