@@ -86,7 +86,7 @@ def records(name, data):
             found = found["data"]
         elif isinstance(found, dict):
             found = [{"name": key, "caption": field(value, CAPTION_FIELDS) if isinstance(value, dict) else value}
-                     for key, value in found.items()]
+                     for key, value in found.items() if isinstance(value, (str, dict))]
     return [names_and_caption(r) for r in found if isinstance(r, dict)] if not isinstance(found, (str, int)) else []
 
 

@@ -45,7 +45,7 @@ def find_source(source, piece, root=""):
         folder = paths[0]
         paths = sorted(p for p in folder.iterdir() if p.is_file() and p.name.lower().endswith(ARCHIVES))
         if not paths:
-            found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES and p.is_file())
+            found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES and not p.is_dir())
             if not found:
                 raise ValueError(f"no pictures ({', '.join(PICTURES)}) and no archives ({', '.join(ARCHIVES)}) in "
                                  f"{source}")
@@ -90,6 +90,8 @@ def drawn_source(seeds, size, piece):
 
 
 def file_sample(name, path):
+    if not path.is_file():  # a link to nowhere, a pipe
+        return name, Lost("not a file"), None
     caption = path.with_suffix(".txt")
     if caption.is_file():
         return name, path, caption.read_text(encoding="utf-8", errors="replace").strip()

@@ -53,15 +53,14 @@ def start(args, log):
     )  # fmt: skip
 
 
-def left_behind(session):
-    """Processes of a session, from /proc"""
+def processes(words):
+    """The processes, oldest first, whose command line has these words in it"""
     found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
-            state, _, _, sid = path.read_text().rpartition(")")[2].split()[:4]
-            if int(sid) == session and state != "Z":
-                found.append(path.parent.name)
-    return found
+            if words.encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+    return sorted(found)
 
 
 def survive(args, kills, within, finished, log, rng):
@@ -75,15 +74,16 @@ def survive(args, kills, within, finished, log, rng):
         time.sleep(rng.uniform(*within))
         if process.poll() is None:
             hits += 1
-            # either the whole group at once, or the launcher alone, whose processes must not live on
-            if rng.random() < 0.5:
-                os.killpg(process.pid, signal.SIGKILL)
-                time.sleep(0.1)
-            else:
-                process.kill()
-                time.sleep(1.5)
+            # all at once; the launcher alone, whose processes must not live on; or one of its processes
+            alive = processes(args[-1])
+            for pid in rng.choice((alive, [process.pid], alive[-1:])):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         process.wait()
-        assert not left_behind(process.pid), "processes outlived their launcher"
+        deadline = time.time() + 5
+        while processes(args[-1]):
+            assert time.time() < deadline, "processes outlived their launcher"
+            time.sleep(0.1)
     assert start(args, log).wait(300) == 0, log
 
 
@@ -96,7 +96,7 @@ def test_preparation_survives_kills(script, tmp_path):
     print(f"undisturbed, one process: {time.time() - began:.1f} s")
     with open(tmp_path / "log.txt", "w") as log:
         began = time.time()
-        assert start([*args, "--out", tmp_path / "two"], log).wait(300) == 0
+        assert start([*args, f"--out={tmp_path}/two"], log).wait(300) == 0
         seconds = time.time() - began
         whole, killed, runs = contents(tmp_path / "whole"), tmp_path / "killed", 0
 
@@ -107,7 +107,7 @@ def test_preparation_survives_kills(script, tmp_path):
                 shutil.rmtree(killed)
                 runs += 1
 
-        survive([*args, "--out", killed], KILLS, (0.4 * seconds, seconds), finished, log, random.Random(7))
+        survive([*args, f"--out={killed}"], KILLS, (0.4 * seconds, seconds), finished, log, random.Random(7))
     print(f"undisturbed, two processes: {seconds:.1f} s; {KILLS} kills, {runs + 1} preparations finished, all the same")
     assert len([n for n in whole if n.endswith("captions.npy")]) == 2 * -(-PICTURES // 64)
     assert contents(tmp_path / "two") == whole and contents(killed) == whole
