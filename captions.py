@@ -136,7 +136,7 @@ def text_of(folder, name):
 
 
 def harmless(path, max_nsfw):
-    """Names of the pictures whose image_nsfw and prompt_nsfw are at most max_nsfw, from DiffusionDB's metadata.parquet"""
+    """Names of the pictures whose image_nsfw and prompt_nsfw are at most max_nsfw, in DiffusionDB's metadata.parquet"""
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
@@ -164,8 +164,8 @@ STEPS = [(re.compile(pattern, re.I), new) for pattern, new in (
     (r"<person>", "person"),                                        # CC12M's stand-in for names
     (r"</?[a-z][^<>]{0,200}>", " "),                                # HTML tags
     (r"(?:https?://|www\.)\S+", " "),                               # addresses
-    (r"\b[\w-]{1,63}\.(?:com|net|org|co\.uk|io)\b(?:/\S*)?", " "),
     (r"\S{1,64}@\S{1,64}\.\w+", " "),                               # mail
+    (r"\b[\w-]{1,63}\.(?:com|net|org|co\.uk|io)\b(?:/\S*)?", " "),
     (r"(?<!\S)@\w+", " "),                                          # user names
     (r"#(\w*[a-z]\w*)", r"\1"),                                     # hashtags keep their word
     (r"#\d+", " "),                                                 # picture numbers

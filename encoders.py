@@ -27,7 +27,7 @@ def load_vae(name, device="cpu", dtype=None, scaling_factor=None):
     return vae.load(name, device, dtype, scaling_factor)
 
 
-def load_text_encoder(name, device="cpu"):
+def load_text_encoder(name, device="cpu", dtype=None):
     """The text encoder `name`: "words", or CLIP or T5 as a folder or hub id (text.py). Captions -> (B,L,D) float.
 
     ValueError if there is no such encoder.
@@ -38,7 +38,7 @@ def load_text_encoder(name, device="cpu"):
         raise ValueError(f"unknown text encoder '{name}': there is 'words', or give a folder or a hub id such as "
                          "apple/DFN5B-CLIP-ViT-H-14-378")
     import text
-    return text.load(name, device)
+    return text.load(name, device, dtype)
 
 
 def looks_like_a_name(name):

@@ -138,7 +138,7 @@ class ExpertChoiceMLP(nn.Module):
         taken = x.reshape(B * T, d).index_select(0, rows).view(self.num_experts, B * k, d)
         out = torch.bmm(F.gelu(torch.bmm(taken, self.w1)), self.w2)                             # (E, B*k, d)
         out = (out * weight.reshape(self.num_experts, B * k, 1)).view(-1, d)
-        return out.new_zeros(B * T, d).index_add(0, rows, out).view(B, T, d)
+        return out.new_zeros(B * T, d).index_add(0, rows, out).view(B, T, d).to(x.dtype)
 
 
 class Block(nn.Module):
@@ -413,7 +413,7 @@ def denoise(net, x, sigma, caption, ids_keep=None):
     """
     c_skip, c_out, c_in, c_noise = preconditioning(sigma.view(-1, 1, 1, 1).to(x.dtype))
     dtype = network_dtype(net)
-    out = net((c_in * x).to(dtype), c_noise.flatten().to(dtype), caption.to(dtype), ids_keep=ids_keep)
+    out = net((c_in * x).to(dtype), c_noise.flatten().float(), caption.to(dtype), ids_keep=ids_keep)
     return c_skip * x + c_out * out.to(x.dtype)
 
 

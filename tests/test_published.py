@@ -132,3 +132,35 @@ def test_a_picture_of_a_released_network_is_what_its_parts_give(models):
     pixels = loaded.vae.decoder(loaded.vae.post_quant_conv(latents / 0.5))  # no shift
     expected = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round()[0].permute(1, 2, 0).numpy()
     assert abs(np.asarray(image, float) - expected).max() <= 1
+
+
+def test_bfloat16_offload_and_compile_draw_the_same_picture(models, monkeypatch):
+    ends = {"vae": str(models / "vae"), "text_encoder": str(models / "clip"), "device": "cpu"}
+    draw = {"prompts": ["a cat", "a dog", "a fox"], "steps": 2, "batch_size": 2, "guidance_scale": 2.0}
+    plain = [np.asarray(p, float) for p in sample.generate(sample.load(models / "dit.pt", **ends), **draw)]
+    moves = []
+    move = torch.nn.Module.to
+
+    def spy(module, *args, **kwargs):
+        moves.append((type(module).__name__, str(args[0])))
+        return move(module, *args, **kwargs)
+
+    loaded = sample.load(models / "dit.pt", offload="yes", **ends)
+    assert not any(name.startswith("vae.") for name, _ in loaded.named_parameters())
+    monkeypatch.setattr(torch.nn.Module, "to", spy)
+    loaded.device = torch.device("cpu", 0)  # a name that differs from the "cpu" of a part at rest
+    offloaded = sample.generate(loaded, **draw)
+    monkeypatch.undo()
+    assert moves == [(part, where) for part in ("CLIPTextModel", "MicroDiT", "KLAutoencoder") for where in ("cpu:0", "cpu")]
+    for a, b in zip(plain, offloaded):
+        np.testing.assert_array_equal(a, np.asarray(b))
+    half = sample.load(models / "dit.pt", dtype="bfloat16", **ends)
+    assert half.final.linear.weight.dtype == half.vae.decoder.conv_in.weight.dtype == torch.bfloat16
+    for a, b in zip(plain, sample.generate(half, **draw)):
+        assert abs(a - np.asarray(b)).mean() < 4
+    compiled = sample.load(models / "dit.pt", **ends)
+    compiled.compile(backend="eager")  # what --compile does, without a compiler
+    for a, b in zip(plain, sample.generate(compiled, **draw)):
+        assert abs(a - np.asarray(b)).max() <= 1
+    with pytest.raises(ValueError, match="dtype is 'float8'"):
+        sample.load(models / "dit.pt", dtype="float8", **ends)
