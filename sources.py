@@ -13,10 +13,10 @@ import tarfile
 import zipfile
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Callable
 
 import shapes
 from captions import TABLES, look_up, records
@@ -160,7 +160,7 @@ def tar_samples(path, wanted):
     position, files = 0, {}
     try:
         with tarfile.open(path, tarinfo=Header) as tar:
-            for key, same in groupby((m for m in tar if m.isfile()), lambda m: sample_key(m.name)):
+            for _, same in groupby((m for m in tar if m.isfile()), lambda m: sample_key(m.name)):
                 read, files = wanted(position), {}
                 for member in same:  # in order and only once: a compressed tar cannot go back
                     files[member.name] = tar.extractfile(member).read() if read else b""

@@ -7,9 +7,12 @@ import os
 import tarfile
 import zlib
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 import dataset
@@ -335,3 +338,37 @@ def test_words_are_fixed_vectors_with_positions():
     # the same on every machine: these numbers are part of the format of checkpoints
     assert [round(v, 4) for v in encode.vector("red")[:4].tolist()] == [-0.751, -0.6834, -0.9675, -0.3992]
     assert encode(["w " * 40])[0].abs().sum(-1).gt(0).all()
+
+
+# --- 8-bit captions --------------------------------------------------------------------------------------------------
+
+
+def test_captions_in_8_bits(script, tmp_path):
+    args = ("prepare_latents.py", "--limit", 40, "--shard_size", 16, "--resolutions", 16)
+    script(*args, "--out", tmp_path / "half")
+    script(*args, "--out", tmp_path / "int8", "--caption_dtype=int8")
+    half, int8 = Dataset(tmp_path / "half", 8), Dataset(tmp_path / "int8", 8)
+    ids = [39, 0, 15, 16, 17]
+    (a, x), (b, y) = half.rows(ids), int8.rows(ids)
+    np.testing.assert_array_equal(a, b)
+    error = np.abs(y - x.astype(np.float32))
+    assert 0 < error.max() <= np.abs(x).max() / 127 * 0.51 and np.sqrt((error**2).mean()) < 0.006 * x.astype(float).std()
+    bytes_of = {n: sum(p.stat().st_size for p in (tmp_path / n).glob("*s.npy")) for n in ("half", "int8")}
+    assert bytes_of["int8"] < 0.55 * bytes_of["half"]
+    message = script(*args, "--out", tmp_path / "int8", fails=True)
+    assert "caption_dtype: 'int8' there, 'float16' now" in message
+    (tmp_path / "int8/00000.scales.npy").unlink()
+    with pytest.raises(ValueError, match="scales.npy is missing"):
+        Dataset(tmp_path / "int8", 8)
+
+
+@given(st.integers(1, 3), st.sampled_from([1, 20, 32, 96]), st.floats(-1, 4), st.integers(0, 2**32 - 1))
+@hypothesis.settings(deadline=None, max_examples=50)
+def test_quantization_is_within_half_a_step(n, dim, exponent, seed):
+    x = np.random.default_rng(seed).standard_normal((n, 2, dim)).astype(np.float32) * 10**exponent
+    x[0, 0] = 0  # padding
+    values, scales = dataset.quantize(x)
+    y = dataset.dequantize(torch.from_numpy(values), torch.from_numpy(scales)).numpy()
+    steps = np.repeat(scales.astype(np.float32), dim // scales.shape[-1], axis=-1)
+    assert values.shape == x.shape and values.dtype == np.int8 and (y[0, 0] == 0).all()
+    assert (np.abs(y - x) <= 0.58 * steps + 1e-7).all()  # half a step, and the rounding of the scale itself

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
-from dataset import Dataset
 from PIL import Image
+
+from dataset import Dataset
 
 
 def picture(seed, kind="JPEG", size=(40, 36), **options):

@@ -9,8 +9,9 @@ import zlib
 
 import numpy as np
 import pytest
-from dataset import Dataset
 from PIL import Image, PngImagePlugin
+
+from dataset import Dataset
 
 
 def noise(seed=0, size=(40, 36), mode="RGB"):
