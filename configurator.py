@@ -142,7 +142,9 @@ def read_config(path, defaults):
 
 
 def checked(path, name, value, default):
-    """value, if it is of the default's type (a whole number will do for a float, a tuple for a list)"""
+    """value, if it is of the default's type (a whole number will do for a float, one text for a list of them)"""
+    if isinstance(default, (tuple, list)) and isinstance(value, str) and isinstance((*default, "")[0], str):
+        return (value,)
     if isinstance(default, (tuple, list)) and isinstance(value, (tuple, list)):
         return tuple(checked(path, name, v, default[0] if default else "") for v in value)
     if isinstance(default, float) and type(value) is int:

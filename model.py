@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 SIGMA_DATA = 0.9  # standard deviation that the latents are scaled to
 
@@ -260,6 +261,7 @@ class MicroDiT(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
+        self.activation_checkpointing = False
         self.patch_embed = nn.Conv2d(c.latent_channels, c.dim, c.patch_size, stride=c.patch_size)
         self.register_buffer("pos_embed", position_table(c), persistent=False)
         self.noise_embed = nn.Sequential(nn.Linear(512, c.dim), nn.GELU("tanh"), nn.Linear(c.dim, c.dim))
@@ -300,13 +302,13 @@ class MicroDiT(nn.Module):
         if c.mixer_depth:
             x, mixer_caption = self.mixer_in(x), self.mixer_caption(caption)                     # (B, T, d), (B, L, d)
             for block in self.mixer:
-                x = block(x, mixer_caption, cond)
+                x = self._run(block, x, mixer_caption, cond)
         if ids_keep is not None:
             x = gather_tokens(x, ids_keep)                                                       # (B, K, d)
         if c.mixer_depth:
             x = self.mixer_out(x)
         for block in self.blocks:
-            x = block(x, caption, cond)
+            x = self._run(block, x, caption, cond)
         x = self.final(x, cond)                                                                  # (B, K, p*p*C)
 
         if kept_only:
@@ -314,6 +316,11 @@ class MicroDiT(nn.Module):
         if ids_keep is not None:
             x = x.new_zeros(x.shape[0], c.tokens, x.shape[2]).scatter(1, ids_keep.unsqueeze(-1).expand_as(x), x)
         return unpatchify(x, c.patch_size)
+
+    def _run(self, block, *inputs):
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing random inside
+        return block(*inputs)
 
     @torch.no_grad()
     def init_weights(self):

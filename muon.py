@@ -8,30 +8,35 @@ import torch
 
 
 class Muon(torch.optim.Optimizer):
-    """params: weights of shape (..., rows, columns). Updates are scaled to suit AdamW's lr and weight_decay."""
+    """params: weights of shape (..., rows, columns). Updates are scaled to suit AdamW's lr and weight_decay.
+
+    As with torch's fused AdamW, nothing changes in a step when the attribute found_inf is set to a tensor that is true.
+    """
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.95):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
     def step(self):
+        bad = getattr(self, "found_inf", torch.zeros((), device=self.param_groups[0]["params"][0].device)) > 0
         for group in self.param_groups:
-            by_shape = {}
+            lr, by_shape = group["lr"], {}
+            kept = torch.where(bad, 1.0, 1 - lr * group["weight_decay"])
             for p in group["params"]:
                 if p.grad is not None:
                     by_shape.setdefault(p.shape[-2:], []).append(p)
             for (rows, columns), params in by_shape.items():
-                stacked = torch.cat([self.momentum(p, group["momentum"]).view(-1, rows, columns) for p in params])
+                stacked = torch.cat([self.momentum(p, group["momentum"], bad).view(-1, rows, columns) for p in params])
                 updates = orthogonal(stacked)
                 scale = 0.2 * max(rows, columns) ** 0.5  # root mean square 0.2, about that of AdamW's updates
                 for p, update in zip(params, updates.split([p.numel() // (rows * columns) for p in params])):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.view_as(p), alpha=group["lr"] * scale)
+                    p.mul_(kept).sub_(update.view_as(p), alpha=lr * scale)
 
-    def momentum(self, p, decay):
-        """Nesterov momentum of the gradient"""
+    def momentum(self, p, decay, bad):
+        """Nesterov momentum of the gradient; zeros if it is not to be used"""
         average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-        average.lerp_(p.grad, 1 - decay)
-        return p.grad.lerp(average, decay)
+        average.lerp_(torch.where(bad, 0.0, p.grad), torch.where(bad, 0.0, 1 - decay))
+        return torch.where(bad, 0.0, p.grad.lerp(average, decay))
 
 
 def orthogonal(matrices, steps=5):

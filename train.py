@@ -8,14 +8,17 @@ Prepared data -> checkpoints.
 Everything random about a step is a function of (seed, step, index of the micro-batch in the global batch): the number
 of processes does not matter, and a run that is started again goes on bit by bit as if it had never stopped.
 """
-from configurator import configure
+from configurator import configure, read_config
+from machine import exit_with_launcher
 
 # data and output
-data = "data/shapes"          # prepared folder (prepare_latents.py)
-val_data = ""                 # prepared folder to validate on; empty: the last 1 % of `data`, never trained on
+data = ("data/shapes",)       # prepared folders (prepare_latents.py), used as one set; FOLDER@512 leaves out pictures
+                              # whose shorter side had fewer pixels
+val_data = ()                 # prepared folders to validate on; empty: the last 1 % of each of `data`, never trained on
 out = ""                      # run folder; empty: runs/ and the config's name
 overwrite = False             # delete what an earlier run left in `out`
 init_from = ""                # start from the weights of this checkpoint or run folder
+init_optimizer = False        # and from the state of its optimizer
 # training
 batch_size = 2048             # pictures per step, over all processes
 micro_batch_size = 256        # pictures per forward pass of one process
@@ -58,6 +61,8 @@ router_unmodulated = False    # the router reads LN(x) instead of the adaLN-modu
 device = "auto"               # cuda, mps or cpu; auto: the best there is
 dtype = "auto"                # of the computation: bfloat16 or float32 (weights stay float32); auto: bfloat16 on cuda
 compile = False               # torch.compile: a minute at the start, faster steps on a GPU
+activation_checkpointing = False  # compute the blocks' activations again in the backward pass: less memory, a third more work
+loader_threads = 4            # threads that read data for a GPU
 # reporting
 log_every = 50                # steps between console lines
 eval_every = 500              # steps between validations; 0: never
@@ -66,9 +71,12 @@ sample_steps = 30             # sampler steps of those pictures
 sample_guidance = 5.0         # guidance scale of those pictures, and of sample.py where it is not told another
 checkpoint_every = 1000       # steps between checkpoints, besides the last; 0: only the last
 keep_checkpoints = 2          # older ones are deleted
+price = 0.0                   # dollars for an hour of one GPU, to show what the run costs; 0: not shown
+wandb = ""                    # Weights & Biases project that gets the log too (pip install wandb); empty: none
 
 if __name__ == "__main__":
     settings = configure(globals())
+    exit_with_launcher()
 
 import contextlib
 import copy
@@ -76,9 +84,9 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -87,8 +95,10 @@ import torch
 import torch.distributed as dist
 
 import checkpoint
-from dataset import Dataset, check_same_encoders, write_atomic
+from batches import Batches, generator, prefetched, to_device
+from dataset import Dataset, Rows, check_same_encoders, decoded_captions, write_atomic
 from encoders import load_vae
+from flops import forward_flops, matmul_rate, peak_flops
 from machine import keep_freed_memory, pick_device
 from model import MicroDiT, MicroDiTConfig, edm_loss, expert_tokens, kept_patches
 from model import sample as draw_latents
@@ -99,59 +109,14 @@ from sample import decode_images, picture_grid
 VAL_P_MEAN, VAL_P_STD, VAL_ROWS = -0.6, 1.2, 2048
 BINS = 5  # the loss is also reported by noise level, in as many bins of equal probability
 # what may change between a run and its continuation: nothing of this touches the weights (data is compared by content)
-NOT_COMPARED = {"data", "val_data", "out", "overwrite", "max_steps", "device", "compile", "log_every", "eval_every",
-                "sample_every", "sample_steps", "sample_guidance", "checkpoint_every", "keep_checkpoints"}
+NOT_COMPARED = {"data", "val_data", "out", "overwrite", "max_steps", "device", "compile", "activation_checkpointing",
+                "loader_threads", "log_every", "eval_every", "sample_every", "sample_steps", "sample_guidance",
+                "checkpoint_every", "keep_checkpoints", "price", "wandb"}
+MOST_SKIPPED = 10  # steps in a row without a finite gradient, after which a run stops
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A step's data and randomness
-
-
-def generator(*key):
-    """A CPU generator that is a function of these whole numbers"""
-    state = np.random.SeedSequence(key).generate_state(2, np.uint64)
-    return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
-
-
-class Batches:
-    """Micro-batch m of step s: rows of a seeded permutation per epoch, noise levels, noise, mask, caption dropout."""
-
-    def __init__(self, dataset, rows, tokens, micros):
-        self.dataset, self.rows, self.tokens, self.micros = dataset, rows, tokens, micros
-        self.epoch, self.order = None, None
-
-    def row_ids(self, step, micro):
-        first = (step * self.micros + micro) * micro_batch_size
-        ids = []
-        for position in range(first, first + micro_batch_size):
-            epoch, i = divmod(position, self.rows)
-            if epoch != self.epoch:
-                self.epoch, self.order = epoch, torch.randperm(self.rows, generator=generator(seed, 1, epoch)).numpy()
-            ids.append(int(self.order[i]))
-        return ids
-
-    def __call__(self, step, micro):
-        """latents (B,C,H,W), captions (B,L,D), sigma (B,), noise (B,C,H,W), uniforms (B,T)"""
-        g = generator(seed, 2, step, micro)
-        latents, captions = (torch.from_numpy(a).float() for a in self.dataset.rows(self.row_ids(step, micro)))
-        sigma = (p_mean + p_std * torch.randn(micro_batch_size, generator=g)).exp()
-        noise = torch.randn(latents.shape, generator=g)
-        uniforms = torch.rand(micro_batch_size, self.tokens, generator=g)
-        captions[torch.rand(micro_batch_size, generator=g) < caption_dropout] = 0
-        return latents, captions, sigma, noise, uniforms
-
-
-def prefetched(make, keys):
-    """make(*key) for each key, one ahead in a thread of its own"""
-    with ThreadPoolExecutor(1) as pool:
-        pending = None
-        for key in keys:
-            following = pool.submit(make, *key)
-            if pending:
-                yield pending.result()
-            pending = following
-        if pending:
-            yield pending.result()
+# Schedules and noise levels
 
 
 def learning_rate_at(step, peak, warmup, total, schedule="cosine", end=0.0):
@@ -215,27 +180,37 @@ def network_config(info):
 
 
 def open_data():
-    """(training set, its rows, validation set, its row ids)"""
+    """(training set, its rows, validation set, its rows)"""
+    if not data:
+        raise ValueError("data is empty: name a prepared folder")
     train_set = Dataset(data, latent_size)
     if val_data:
         val_set = Dataset(val_data, latent_size)
-        check_same_encoders(val_set.info, val_data, train_set.info, data)
-        return train_set, len(train_set), val_set, range(min(VAL_ROWS, len(val_set)))
-    held = min(VAL_ROWS, max(1, len(train_set) // 100))
-    rows = len(train_set) - held
-    if rows < 1:
-        raise ValueError(f"{data} has {len(train_set)} rows: too few to keep some for validation")
-    return train_set, rows, train_set, range(rows, len(train_set))
+        check_same_encoders(val_set.info, val_data[0], train_set.info, data[0])
+        return train_set, Rows([range(len(train_set))]), val_set, Rows([range(min(VAL_ROWS, len(val_set)))])
+    rows, held = train_set.split(VAL_ROWS)
+    if not len(rows):
+        raise ValueError(f"{', '.join(data)} has {len(train_set)} rows: too few to keep some for validation")
+    return train_set, rows, train_set, held
 
 
-def find_resume(folder, run):
-    """The last checkpoint of this very run, or None; ValueError says what differs if `folder` holds another run."""
-    steps = checkpoint.steps_of(folder)
-    if not steps:
+def find_resume(folder, run, rank):
+    """The last whole checkpoint of this very run, or None; ValueError says what differs if `folder` has another run."""
+    damaged, there = [], checkpoint.steps_of(folder)
+    for path in reversed(there):
+        try:
+            old, _ = checkpoint.read(path, ("none",))
+            break
+        except ValueError:
+            damaged.append(path)
+    else:
+        if damaged:
+            raise ValueError(f"none of the checkpoints in {folder} is whole ({', '.join(map(str, damaged))}): --overwrite "
+                             "starts again from step 0")
         return None
-    old, _ = checkpoint.read(steps[-1], ("none",))
     differ = [f"{name}: {old['settings'].get(name)!r} there, {value!r} now" for name, value in run["settings"].items()
-              if name not in NOT_COMPARED and old["settings"].get(name) != tuple_to_list(value)]
+              if name not in NOT_COMPARED and name in old["settings"]
+              and old["settings"][name] != tuple_to_list(value)]
     differ += [f"{name}: {old['data'].get(name)!r} there, {value!r} now" for name, value in run["data"].items()
                if old["data"].get(name) != value]
     if old["settings"]["max_steps"] > max_steps:
@@ -243,7 +218,11 @@ def find_resume(folder, run):
     if differ:
         raise ValueError(f"{folder} holds another run: {'; '.join(differ)}. Give another --out, or --overwrite to "
                          "delete that run")
-    return steps[-1]
+    for bad in damaged if rank == 0 else ():
+        aside = bad.with_suffix(".damaged")
+        print(f"warning: {bad} is cut short or damaged, so {path} is used. It is now {aside}", file=sys.stderr)
+        bad.rename(aside)
+    return path
 
 
 def tuple_to_list(value):
@@ -253,14 +232,19 @@ def tuple_to_list(value):
 class Trainer:
     """The state of a run: network, optimizer, average, step"""
 
-    def __init__(self, config, device, run):
+    def __init__(self, config, device, run, init_from=""):
         torch.manual_seed(seed)
-        self.run, self.step = run, 0
+        self.run, self.step, self.device = run, 0, device
         self.net = MicroDiT(config).to(device)
-        if init_from:
-            self.init_weights(checkpoint.find(init_from))
+        self.net.activation_checkpointing = activation_checkpointing
         self.optimizers = self.make_optimizers(fused=device.type != "mps")
         self.ema = None
+        if init_from:
+            self.init_weights(init_from)
+        # all of this stays on the device until a log line wants to know it
+        self.sums = torch.zeros(2, BINS, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+        self.skipped, self.skipped_in_a_row = torch.zeros(2, dtype=torch.int64, device=device)
+        self.grad_norm = torch.zeros((), device=device)
 
     def make_optimizers(self, fused):
         """[(optimizer, names of its parameters)]"""
@@ -275,27 +259,61 @@ class Trainer:
             made.append((Muon([named[n] for n in by_muon], learning_rate, weight_decay), by_muon))
         return made
 
-    def update(self, lr):
-        """One step of the optimizers, then of the average"""
-        for opt, _ in self.optimizers:
-            opt.param_groups[0]["lr"] = lr
-            opt.step()
-            opt.zero_grad()
-        self.step += 1
-        self.update_ema()
-
-    def init_weights(self, path):
+    def init_weights(self, name):
+        try:
+            path = checkpoint.find(name)
+        except ValueError as error:
+            phase = f"config/{Path(name).name}.py"
+            first = f": run `train.py {phase}` first" if Path(phase).is_file() else ""
+            raise ValueError(f"init_from: {error}{first} (or --init_from= to start from scratch)") from None
         source, run = checkpoint.load_network(path, use_ema=False)
+        if Path(name).is_dir() and run["step"] < run["settings"]["max_steps"]:
+            raise ValueError(f"init_from: {name} has only reached step {run['step']:,} of "
+                             f"{run['settings']['max_steps']:,}: finish that run first, or give {path} itself")
         if "released" not in run:  # those name no data set; that their tensors fit is enough
-            check_same_encoders(run["data"], path, self.run["data"], data)
+            check_same_encoders(run["data"], path, self.run["data"], ", ".join(data))
         try:
             self.net.load_state_dict(source.state_dict())
         except RuntimeError:
             theirs, ours = json.loads(json.dumps(run["config"])), json.loads(json.dumps(self.run["config"]))
             differ = [f"{k}: {theirs.get(k)} there, {v} now" for k, v in ours.items() if theirs.get(k) != v]
             raise ValueError(f"the weights of {path} do not fit this network ({'; '.join(differ)})") from None
+        if init_optimizer:
+            if "released" in run or run["settings"]["optimizer"] != optimizer:
+                raise ValueError(f"init_optimizer: {path} has no state of the optimizer {optimizer}: --init_optimizer "
+                                 "false takes its weights alone")
+            self.load_optimizers(checkpoint.read(path, ("optimizer.",))[1])
 
-    def update_ema(self):
+    def accumulate(self, net, batch, micros, masked, autocast):
+        """Forward and backward of one of the step's micro-batches"""
+        latents, captions, sigma, noise, uniforms = to_device(batch, self.device)
+        ids_keep = kept_patches(uniforms, mask_ratio) if masked else None
+        with autocast():
+            loss = edm_loss(net, latents, captions, sigma, noise, ids_keep, reduce=False)
+            (loss.mean() / micros).backward()
+        loss, finite = loss.detach(), loss.detach().isfinite()
+        bins = noise_bins(sigma, p_mean, p_std)
+        self.sums[0].index_add_(0, bins, torch.where(finite, loss, 0).to(self.sums.dtype))
+        self.sums[1].index_add_(0, bins, finite.to(self.sums.dtype))
+
+    def update(self, lr):
+        """One step of the optimizers, then of the average: unless a gradient is not finite, which the device decides"""
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), grad_clip or math.inf)
+        bad = ~self.grad_norm.isfinite()
+        self.skipped = self.skipped + bad
+        self.skipped_in_a_row = (self.skipped_in_a_row + bad) * bad
+        for opt, _ in self.optimizers:
+            opt.param_groups[0]["lr"] = lr
+            if self.device.type != "mps":
+                opt.found_inf = bad.float()
+                opt.step()
+            elif not bad.item():  # its AdamW does not know found_inf
+                opt.step()
+            opt.zero_grad()
+        self.step += 1
+        self.update_ema(bad)
+
+    def update_ema(self, bad):
         """The average starts as a copy of the weights"""
         if not ema_decay or self.step < ema_start:
             return
@@ -303,7 +321,8 @@ class Trainer:
             self.ema = copy.deepcopy(self.net).requires_grad_(False)
         else:
             weights = [p.detach() for p in self.net.parameters()]
-            torch._foreach_lerp_(list(self.ema.parameters()), weights, 1 - ema_decay)
+            share = torch.where(bad, 0.0, 1 - ema_decay)
+            torch._foreach_lerp_(list(self.ema.parameters()), weights, [share] * len(weights))
 
     def best(self):
         return self.ema or self.net
@@ -317,7 +336,8 @@ class Trainer:
             tensors |= {f"optimizer.{key}.{n}": value for i, n in enumerate(names) for key, value in state[i].items()}
         path = Path(folder) / f"step_{self.step:08d}.safetensors"
         checkpoint.save(path, tensors, self.run | {"step": self.step})
-        for old in checkpoint.steps_of(folder)[:-keep_checkpoints]:
+        older = [p for p in checkpoint.steps_of(folder) if p.name <= path.name]
+        for old in older[:-keep_checkpoints]:
             old.unlink()
         return path
 
@@ -328,6 +348,9 @@ class Trainer:
         if ema := checkpoint.strip(tensors, "ema."):
             self.ema = copy.deepcopy(self.net).requires_grad_(False)
             self.ema.load_state_dict(ema)
+        self.load_optimizers(tensors)
+
+    def load_optimizers(self, tensors):
         kept = {}  # {parameter: {key: value}}
         for name, value in checkpoint.strip(tensors, "optimizer.").items():
             key, _, parameter = name.partition(".")
@@ -342,20 +365,99 @@ class Trainer:
 
 
 class Log:
-    """Console lines for people, the same as JSON lines for programs"""
+    """Console lines for people, the same as JSON lines for programs, and for Weights & Biases if wanted"""
 
     def __init__(self, folder, step, main_process):
-        self.path, self.main = Path(folder) / "log.jsonl", main_process
-        if self.main and self.path.exists():  # lines of steps that are done again
+        self.path, self.main, self.wandb = Path(folder) / "log.jsonl", main_process, None
+        if not self.main:
+            return
+        if self.path.exists():  # lines of steps that are done again
             lines = [line for line in self.path.read_text().splitlines(True) if line.endswith("\n")]
             kept = "".join(line for line in lines if json.loads(line)["step"] <= step) if step else ""
             write_atomic(self.path, lambda file: file.write(kept.encode()))
+        if wandb:
+            try:
+                import wandb as client
+            except ImportError:
+                raise ValueError("--wandb needs Weights & Biases: pip install wandb") from None
+            self.wandb = client.init(project=wandb, name=Path(folder).name, id=Path(folder).name, resume="allow",
+                                     dir=str(folder), config=settings)
 
     def __call__(self, text, **values):
         if self.main:
             print(text, flush=True)
             with open(self.path, "a") as file:
                 file.write(json.dumps(values) + "\n")
+            if self.wandb:
+                self.wandb.log(values, step=values["step"])
+
+
+class Stop:
+    """SIGTERM or SIGINT, noticed by all processes at the end of the same step: each tells the others at the end of every
+    step, without waiting, and reads what was said at the end of the step before. A second signal kills at once.
+    """
+
+    def __init__(self, world):
+        self.signal, self.work = 0, None
+        self.group = dist.new_group(backend="gloo") if world > 1 else None  # on the host, which so waits for no GPU
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.handle)
+
+    def handle(self, number, frame):
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def agreed(self):
+        """The signal that a process got, or 0; to be called once a step"""
+        if self.group is None:
+            return self.signal
+        said = 0
+        if self.work:
+            self.work.wait()
+            said = int(self.flag.numpy()[0])
+        self.flag = torch.tensor([self.signal])
+        self.work = dist.all_reduce(self.flag, dist.ReduceOp.MAX, self.group, async_op=True)
+        return said
+
+
+class Meter:
+    """images/s, FLOPs and hours left between two log lines, of training alone"""
+
+    def __init__(self, trainer, where, half, world):
+        self.trainer, self.world, self.left = trainer, world, 0.0
+        config = trainer.net.config
+        self.flops = {masked: 3 * forward_flops(config, mask_ratio if masked else 0.0) for masked in (True, False)}
+        self.peak = peak_flops(where)
+        self.measured = None if self.peak else matmul_rate(where, torch.bfloat16 if half else torch.float32)
+        self.restart()
+
+    def restart(self):
+        self.started, self.first = time.time(), self.trainer.step
+
+    @contextlib.contextmanager
+    def paused(self):
+        began = time.time()
+        yield
+        self.started += time.time() - began
+
+    def read(self):
+        """{images_per_s, mfu, eta_s} of the steps since restart(). MFU is against the datasheet's dense bf16 peak of all
+        GPUs, or, where there is none, against matrix products measured at the start on as many machines.
+        """
+        steps, seconds = self.trainer.step - self.first, time.time() - self.started
+        rate = steps * batch_size / seconds
+        done = sum(self.flops[is_masked(s)] for s in range(self.first, self.trainer.step)) * batch_size
+        mfu = done / seconds / self.world / (self.peak or self.measured)
+        # unmasked steps cost more than the masked ones just measured
+        per_flop = seconds / done
+        masked_left = max(0, max_steps - unmasked_steps - self.trainer.step) if mask_ratio else 0
+        unmasked_left = max_steps - self.trainer.step - masked_left
+        eta = per_flop * batch_size * (masked_left * self.flops[True] + unmasked_left * self.flops[False])
+        return {"images_per_s": rate, "mfu": mfu, "eta_s": eta}
+
+
+def is_masked(step):
+    return mask_ratio > 0 and step < max_steps - unmasked_steps
 
 
 def duration(seconds):
@@ -367,13 +469,15 @@ def duration(seconds):
 def validate(net, val_set, ids, device, autocast, rank, world):
     """(loss, {noise level: loss}) without masking, on noise and noise levels that never change"""
     n = len(ids)
+    ids = ids[np.arange(n)]
     quantiles = (torch.randperm(n, generator=generator(7)) + 0.5) / n  # one noise level a row, evenly spread
     sigma = (VAL_P_MEAN + VAL_P_STD * torch.special.ndtri(quantiles.double())).exp().float()
     total, count = torch.zeros(2, BINS, dtype=torch.float64)
     net.eval()
     for b in list(range(0, n, micro_batch_size))[rank::world]:
         rows = list(range(b, min(n, b + micro_batch_size)))
-        latents, captions = (torch.from_numpy(a).float().to(device) for a in val_set.rows([ids[i] for i in rows]))
+        found = {name: t.to(device) for name, t in val_set.read(ids[rows]).items()}
+        latents, captions = found["latents"].float(), decoded_captions(found).float()
         noise = torch.stack([torch.randn(latents.shape[1:], generator=generator(8, i)) for i in rows]).to(device)
         with autocast():
             loss = edm_loss(net, latents, captions, sigma[rows].to(device), noise, reduce=False)
@@ -395,7 +499,7 @@ def reduced(tensor, device, world):
 
 def draw_samples(net, val_set, ids, vae, device, autocast):
     """A grid of pictures for the first captions of the validation rows, and those captions"""
-    ids = list(ids)[:16]
+    ids = ids[np.arange(min(16, len(ids)))]
     captions = torch.from_numpy(val_set.rows(ids)[1]).float().to(device)
     c = net.config
     noise = torch.stack([torch.randn(c.latent_channels, c.latent_size, c.latent_size, generator=generator(9, i))
@@ -412,13 +516,15 @@ def draw_samples(net, val_set, ids, vae, device, autocast):
 
 def main():
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    # torchrun starts a crashed run again with the same command: its --overwrite was meant for the first start
+    fresh = overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     check_settings(world)
-    train_set, rows, val_set, val_ids = open_data()
+    train_set, rows, val_set, val_rows = open_data()
     config = network_config(train_set.info)
     folder = Path(out)
     described = {k: train_set.info[k] for k in ("vae", "text_encoder", "resolutions", "words", "settings")}
-    run = {"config": asdict(config), "settings": settings, "data": {**described, "rows": rows}}
-    resume = None if overwrite else find_resume(folder, run)
+    run = {"config": asdict(config), "settings": settings, "data": {**described, "rows": len(rows)}}
+    resume = None if fresh else find_resume(folder, run, rank)
 
     where = pick_device(device)
     if where.type == "cuda":
@@ -432,8 +538,8 @@ def main():
     def autocast():
         return torch.autocast(where.type, torch.bfloat16) if half else contextlib.nullcontext()
 
-    trainer = Trainer(config, where, run)
-    if overwrite and rank == 0:  # not before everything that can be refused was read
+    trainer = Trainer(config, where, run, init_from if not resume else "")
+    if fresh and rank == 0:  # not before everything that can be refused was read
         for old in checkpoint.steps_of(folder):
             old.unlink()
         shutil.rmtree(folder / "samples", ignore_errors=True)
@@ -441,87 +547,110 @@ def main():
         trainer.load(resume)
     if world > 1:
         dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+    stop, meter = Stop(world), Meter(trainer, where, half, world)
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         parameters = sum(p.numel() for p in trainer.net.parameters())
-        print(f"{folder}: {parameters / 1e6:.1f} M parameters, {rows:,} pictures, {max_steps:,} steps of {batch_size} "
+        print(f"{folder}: {parameters / 1e6:.1f} M parameters, {len(rows):,} pictures, {max_steps:,} steps of {batch_size} "
               f"on {world} x {where.type}" + (f", going on from step {trainer.step:,}" if resume else ""))
+        if meter.measured:
+            print(f"MFU is against {meter.measured / 1e9:,.0f} GFLOP/s, measured on matrix products just now")
+        if not init_from and not resume and wants_init():
+            print(f"warning: from scratch, as --init_from is empty: {wants_init()} was meant", file=sys.stderr)
     try:
-        train(trainer, folder, train_set, rows, val_set, val_ids, where, autocast, rank, world)
+        ended_by = train(trainer, folder, train_set, rows, val_set, val_rows, where, autocast, stop, meter, rank, world)
+        if world > 1:
+            dist.barrier(stop.group)  # who leaves first would have the others ended before their checkpoint is written
     finally:
         if world > 1:
             dist.destroy_process_group()
+    if ended_by:
+        if rank == 0:
+            print(f"stopped by {signal.Signals(ended_by).name}. The same command goes on from {folder}", flush=True)
+        raise SystemExit(128 + ended_by)
 
 
-def train(trainer, folder, train_set, rows, val_set, val_ids, where, autocast, rank, world):
+def wants_init():
+    """The init_from of the config file, which the command line may have emptied"""
+    if sys.argv[1:] and not sys.argv[1].startswith("--"):
+        return read_config(sys.argv[1], settings).get("init_from", "")
+    return ""
+
+
+def train(trainer, folder, train_set, rows, val_set, val_rows, where, autocast, stop, meter, rank, world):
+    """Train to max_steps, or until a signal, which is then returned"""
     log = Log(folder, trainer.step, rank == 0)
     vae = load_vae(train_set.info["vae"]["name"], where, scaling_factor=train_set.info["vae"]["scaling_factor"])
-    net = torch.compile(trainer.net) if compile else trainer.net
+    net, one = trainer.net, trainer.net
     if world > 1:
-        net = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
+        net = one = torch.nn.parallel.DistributedDataParallel(trainer.net, gradient_as_bucket_view=True)
+    if compile:  # around DDP, which then splits the graph, so that gradients are reduced during the backward pass
+        net = torch.compile(one)
     micros = batch_size // micro_batch_size
     mine = range(rank, micros, world)
-    make_batch = Batches(train_set, rows, trainer.net.config.tokens, micros)
+    on_gpu = where.type == "cuda"
+    make_batch = Batches(train_set, rows, micro_batch_size, micros, trainer.net.config.tokens, seed, p_mean, p_std,
+                         caption_dropout, threads=loader_threads if on_gpu else 0, pin=on_gpu)
     keys = ((s, m) for s in range(trainer.step, max_steps) for m in mine)
     # a CPU has no use for it: the thread's own pool of OpenMP threads would take turns with the step's
-    batches = (make_batch(*key) for key in keys) if where.type == "cpu" else prefetched(make_batch, keys)
-    sums, started, counted = torch.zeros(2, BINS, dtype=torch.float64), time.time(), trainer.step
-    first_step = trainer.step
+    batches = prefetched(make_batch, keys) if on_gpu else (make_batch(*key) for key in keys)
+    first_step, ended_by = trainer.step, 0
+    meter.restart()
 
-    while trainer.step < max_steps:
-        step = trainer.step
-        lr = learning_rate_at(step, learning_rate, warmup_steps, max_steps, schedule, min_learning_rate)
-        masked = mask_ratio > 0 and step < max_steps - unmasked_steps
-        losses, sigmas = [], []
+    while trainer.step < max_steps and not ended_by:
+        lr = learning_rate_at(trainer.step, learning_rate, warmup_steps, max_steps, schedule, min_learning_rate)
+        masked = is_masked(trainer.step)
         for m in mine:
-            latents, captions, sigma, noise, uniforms = (t.to(where, non_blocking=True) for t in next(batches))
-            ids_keep = kept_patches(uniforms, mask_ratio) if masked else None
-            last = m == mine[-1]
-            with autocast(), contextlib.nullcontext() if world == 1 or last else net.no_sync():
-                loss = edm_loss(net, latents, captions, sigma, noise, ids_keep, reduce=False)
-                (loss.mean() / len(mine)).backward()
-            losses.append(loss.detach())
-            sigmas.append(sigma)
-        grad_norm = torch.nn.utils.clip_grad_norm_(trainer.net.parameters(), grad_clip or math.inf)
+            with contextlib.nullcontext() if world == 1 or m == mine[-1] else one.no_sync():
+                trainer.accumulate(net, next(batches), len(mine), masked, autocast)
         trainer.update(lr)
-        step = trainer.step
-        bins = noise_bins(torch.cat(sigmas), p_mean, p_std)
-        sums = sums.to(where) if where.type != "mps" else sums.float().to(where)
-        sums[0].index_add_(0, bins, torch.cat(losses).to(sums.dtype))
-        sums[1].index_add_(0, bins, torch.ones_like(bins, dtype=sums.dtype))
+        step, ended_by = trainer.step, stop.agreed()
 
         done = step == max_steps
-        if step % log_every == 0 or done or step == first_step + 1:
-            total, count = reduced(sums, where, world)
-            seconds, loss = time.time() - started, (total.sum() / count.sum()).item()
-            rate = (step - counted) * batch_size / seconds
-            eta = (max_steps - step) * batch_size / rate
-            log(f"step {step:6,}/{max_steps:,} | loss {loss:.4f} | lr {lr:.2e} | grad norm {grad_norm.item():.3f} | "
-                f"{rate:,.0f} images/s | {duration(eta)} left{'' if masked or not mask_ratio else ' | unmasked'}",
-                step=step, loss=loss, lr=lr, grad_norm=grad_norm.item(), images_per_s=rate, eta_s=eta,
-                loss_by_sigma=by_level(total, count, p_mean, p_std))
-            if not math.isfinite(loss):
-                saved = (checkpoint.steps_of(folder) or ["none yet"])[-1]
-                raise ValueError(f"the loss is {loss} at step {step}: nothing was saved after the last checkpoint "
-                                 f"({saved}). Try a lower learning_rate or grad_clip")
-            sums, started, counted = torch.zeros(2, BINS, dtype=torch.float64), time.time(), step
-        pause = time.time()
-        if eval_every and (step % eval_every == 0 or done):
-            loss, by_sigma = validate(trainer.best(), val_set, val_ids, where, autocast, rank, world)
-            log(f"step {step:6,} | validation loss {loss:.4f} | by noise level "
-                + "  ".join(f"{sigma}: {value:.3f}" for sigma, value in by_sigma.items()),
-                step=step, val_loss=loss, val_loss_by_sigma=by_sigma)
-        if rank == 0 and sample_every and (step % sample_every == 0 or done):
-            grid, texts = draw_samples(trainer.best(), val_set, val_ids, vae, where, autocast)
-            (folder / "samples").mkdir(exist_ok=True)
-            grid.save(folder / "samples" / f"step_{step:08d}.png")
-            (folder / "samples" / "captions.txt").write_text("\n".join(texts) + "\n")
-        if rank == 0 and ((checkpoint_every and step % checkpoint_every == 0) or done):
-            path = trainer.save(folder)
-        started += time.time() - pause  # images/s counts training alone
-    if rank == 0:
+        if step % log_every == 0 or done or ended_by or step == first_step + 1:
+            report(trainer, log, meter, lr, masked, where, world)
+        with meter.paused():  # images/s counts training alone
+            if eval_every and (step % eval_every == 0 or done):
+                loss, by_sigma = validate(trainer.best(), val_set, val_rows, where, autocast, rank, world)
+                log(f"step {step:6,} | validation loss {loss:.4f} | by noise level "
+                    + "  ".join(f"{sigma}: {value:.3f}" for sigma, value in by_sigma.items()),
+                    step=step, val_loss=loss, val_loss_by_sigma=by_sigma)
+            if rank == 0 and sample_every and (step % sample_every == 0 or done):
+                grid, texts = draw_samples(trainer.best(), val_set, val_rows, vae, where, autocast)
+                (folder / "samples").mkdir(exist_ok=True)
+                grid.save(folder / "samples" / f"step_{step:08d}.png")
+                (folder / "samples" / "captions.txt").write_text("\n".join(texts) + "\n")
+            if rank == 0 and ((checkpoint_every and step % checkpoint_every == 0) or done or ended_by):
+                path = trainer.save(folder)
+    if rank == 0 and not ended_by:
         path = checkpoint.steps_of(folder)[-1]
         print(f"done: {path}. Draw with: python sample.py --checkpoint {path} --prompt \"...\"")
+    return ended_by
+
+
+def report(trainer, log, meter, lr, masked, where, world):
+    """A log line; ValueError if the last steps all had to be skipped"""
+    total, count = reduced(trainer.sums, where, world)
+    loss, norm = (total.sum() / count.sum()).item(), trainer.grad_norm.item()
+    measured, skipped = meter.read(), int(trainer.skipped)
+    parts = [f"step {trainer.step:6,}/{max_steps:,}", f"loss {loss:.4f}", f"lr {lr:.2e}", f"grad norm {norm:.3f}",
+             f"{measured['images_per_s']:,.0f} images/s", f"MFU {100 * measured['mfu']:.0f} %",
+             f"{duration(measured['eta_s'])} left"]
+    if price:
+        measured["dollars_left"] = price * world * measured["eta_s"] / 3600
+        parts.append(f"${measured['dollars_left']:,.2f} left")
+    if mask_ratio and not masked:
+        parts.append("unmasked")
+    if skipped:
+        parts.append(f"{skipped:,} steps skipped")
+    log(" | ".join(parts), step=trainer.step, loss=loss, lr=lr, grad_norm=norm, skipped=skipped, **measured,
+        loss_by_sigma=by_level(total, count, p_mean, p_std))
+    if int(trainer.skipped_in_a_row) >= MOST_SKIPPED:
+        saved = (checkpoint.steps_of(log.path.parent) or ["none yet"])[-1]
+        raise ValueError(f"the last {int(trainer.skipped_in_a_row)} steps had gradients that are not finite and were "
+                         f"skipped. The last good checkpoint is {saved}. Try a lower learning_rate or grad_clip")
+    trainer.sums.zero_()
+    meter.restart()
 
 
 if __name__ == "__main__":

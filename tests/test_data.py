@@ -162,7 +162,7 @@ def test_a_folder_with_every_kind_of_trouble(script, tmp_path):
     assert "skipped 1: too small" in printed and "skipped 1: no caption" in printed
 
     def picture(name):
-        return pixels(data.latents[0][captions.index(f"caption of {name}")], data.info["vae"]["scaling_factor"])
+        return pixels(data.rows([captions.index(f"caption of {name}")])[0][0], data.info["vae"]["scaling_factor"])
 
     np.testing.assert_allclose(picture("clear.png"), 255, atol=0.3)  # transparency becomes white
     expected = np.asarray(grey16.crop((0, 0, 40, 40)), float) / 257

@@ -1,0 +1,75 @@
+"""
+What a training step is made of: rows of the data set in a random order, noise levels, noise, mask, caption dropout.
+
+Everything random is a function of (seed, step, index of the micro-batch in the global batch), so the number of processes,
+threads or restarts does not matter.
+"""
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from dataset import decoded_captions
+
+
+def generator(*key):
+    """A CPU generator that is a function of these whole numbers"""
+    state = np.random.SeedSequence(key).generate_state(2, np.uint64)
+    return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
+
+
+class Batches:
+    """Micro-batch m of step s, from a seeded permutation of the rows for every epoch.
+
+    rows: the data set's rows to train on (dataset.Rows), micros: micro-batches of a step, of `size` pictures each.
+    """
+
+    def __init__(self, dataset, rows, size, micros, tokens, seed, p_mean, p_std, caption_dropout, threads=0,
+                 pin=False):
+        self.dataset, self.rows, self.size, self.micros, self.tokens = dataset, rows, size, micros, tokens
+        self.seed, self.p_mean, self.p_std, self.caption_dropout = seed, p_mean, p_std, caption_dropout
+        self.epoch, self.order, self.pin = None, None, pin
+        self.pool = ThreadPoolExecutor(threads) if threads else None
+
+    def row_ids(self, step, micro):
+        n = len(self.rows)
+        positions = (step * self.micros + micro) * self.size + np.arange(self.size)
+        ids = np.empty(self.size, np.int64)
+        for epoch in range(positions[0] // n, positions[-1] // n + 1):
+            if epoch != self.epoch:
+                order = torch.randperm(n, generator=generator(self.seed, 1, epoch)).numpy()
+                self.epoch, self.order = epoch, order.astype(np.int32) if n < 2 ** 31 else order
+            inside = positions // n == epoch
+            ids[inside] = self.order[positions[inside] % n]
+        return self.rows[ids]
+
+    def __call__(self, step, micro):
+        """{"latents" (B,C,H,W), "captions" (B,L,D), "sigma" (B,), "noise" (B,C,H,W), "uniforms" (B,T), "kept_captions"
+        (B,)}, latents and captions as they lie on disk
+        """
+        g = generator(self.seed, 2, step, micro)
+        found = self.dataset.read(self.row_ids(step, micro), self.pool)
+        found["sigma"] = (self.p_mean + self.p_std * torch.randn(self.size, generator=g)).exp()
+        found["noise"] = torch.randn(found["latents"].shape, generator=g)
+        found["uniforms"] = torch.rand(self.size, self.tokens, generator=g)
+        found["kept_captions"] = torch.rand(self.size, generator=g) >= self.caption_dropout
+        return {name: t.pin_memory() for name, t in found.items()} if self.pin else found
+
+
+def to_device(batch, device):
+    """The batch there: latents, captions (dropped ones zero), sigma, noise, uniforms, all float32"""
+    batch = {name: t.to(device, non_blocking=True) for name, t in batch.items()}
+    captions = decoded_captions(batch).float() * batch["kept_captions"].view(-1, 1, 1)
+    return batch["latents"].float(), captions, batch["sigma"], batch["noise"], batch["uniforms"]
+
+
+def prefetched(make, keys, ahead=2):
+    """make(*key) for each key, `ahead` of them meanwhile in a thread"""
+    with ThreadPoolExecutor(1) as pool:
+        pending = []
+        for key in keys:
+            pending.append(pool.submit(make, *key))
+            if len(pending) > ahead:
+                yield pending.pop(0).result()
+        for work in pending:
+            yield work.result()
