@@ -1,8 +1,8 @@
 """
 What a training step is made of: rows of the data set in a random order, noise levels, noise, mask, caption dropout.
 
-Everything random is a function of (seed, step, index of the micro-batch in the global batch), so the number of processes,
-threads or restarts does not matter.
+Everything random is a function of (seed, step, index of the micro-batch in the global batch), so the number of
+processes, threads or restarts does not matter.
 """
 from concurrent.futures import ThreadPoolExecutor
 

@@ -5,7 +5,7 @@ A captions file is one of these, as it is or inside an archive; the first captio
 
     COCO       {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}
     records    [{"image": ..., "caption": ...}], {"data": [...]}, one such object a line (.jsonl), or .tsv, .csv with a
-               header; the fields' names may be any of NAME_FIELDS and CAPTION_FIELDS
+               header; for the fields' names see FILE_FIELDS, ID_FIELDS and CAPTION_FIELDS
     by name    {"picture.png": "caption"} or {"picture.png": {"p": "caption"}}
     texts      an archive or folder of NAME.txt, the caption of picture NAME
 """
@@ -19,8 +19,11 @@ import tarfile
 import zipfile
 from pathlib import Path, PurePosixPath
 
+import numpy as np
+
 # the names of the fields in the published data sets
-NAME_FIELDS = ("file_name", "img_path", "image_path", "image_name", "image", "img", "filename", "name", "image_id")
+FILE_FIELDS = ("file_name", "img_path", "image_path", "image", "img", "filename")
+ID_FIELDS = ("image_name", "image_id", "name")  # where there is no file's name, or if they are that without its ending
 CAPTION_FIELDS = ("caption", "prompt", "caption_str", "text", "p")
 TABLES = (".json", ".jsonl", ".tsv", ".csv")
 
@@ -42,13 +45,12 @@ def read_captions(path):
                 for names, caption in records(member, data):
                     for name in names if caption else ():
                         by_name.setdefault(name, caption)
-    except (ValueError, KeyError, TypeError, csv.Error, EOFError, OSError, tarfile.TarError,
-            zipfile.BadZipFile) as error:
+    except Exception as error:  # json, csv, tarfile, zipfile, zlib and lzma raise errors of their own
         raise ValueError(f"captions file {path} cannot be read ({type(error).__name__}: {error})") from None
     if not by_name:
         raise ValueError(f"captions file {path} holds no captions: it wants COCO's layout, a list of objects with one "
-                         f"of {', '.join(NAME_FIELDS)} and one of {', '.join(CAPTION_FIELDS)}, {{name: caption}}, or "
-                         "an archive of .txt files")
+                         f"of {', '.join((*FILE_FIELDS, *ID_FIELDS))} and one of {', '.join(CAPTION_FIELDS)}, "
+                         "{name: caption}, or an archive of .txt files")
     return lambda name: look_up(by_name, name)
 
 
@@ -71,8 +73,11 @@ def members(path):
 def records(name, data):
     """[(names of the picture, caption or None)] of a table of captions"""
     text = data.decode("utf-8-sig", "replace")
-    if name.lower().endswith((".tsv", ".csv")):
-        found = csv.DictReader(io.StringIO(text), delimiter="\t" if name.lower().endswith(".tsv") else ",")
+    if name.lower().endswith(".csv"):
+        csv.field_size_limit(2 ** 31 - 1)
+        found = csv.DictReader(io.StringIO(text))
+    elif name.lower().endswith(".tsv"):  # in which a quotation mark is one, and no caption goes over several lines
+        found = csv.DictReader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE)
     elif name.lower().endswith(".jsonl"):
         found = json_lines(name, text)
     else:
@@ -80,7 +85,8 @@ def records(name, data):
         if isinstance(found, dict) and isinstance(found.get("images"), list) and "annotations" in found:
             captions = {}
             for a in found["annotations"]:
-                captions.setdefault(a["image_id"], a.get("caption"))
+                if a.get("caption"):
+                    captions.setdefault(a["image_id"], a["caption"])
             found = [{"file_name": i["file_name"], "caption": captions.get(i["id"])} for i in found["images"]]
         elif isinstance(found, dict) and isinstance(found.get("data"), list):
             found = found["data"]
@@ -104,10 +110,18 @@ def json_lines(name, text):
 
 
 def names_and_caption(record):
-    """All names that a record gives its picture, as TextCaps' image_path is not where its pictures are"""
-    names = [str(PurePosixPath(str(record[f]))) for f in NAME_FIELDS if record.get(f) not in (None, "")]
+    """All names that a record gives its picture's file, as TextCaps' image_path is not where its pictures are"""
+    files = [str(PurePosixPath(str(record[f]))) for f in FILE_FIELDS if record.get(f) not in (None, "")]
+    ids = [str(PurePosixPath(str(record[f]))) for f in ID_FIELDS if record.get(f) not in (None, "")]
     caption = field(record, CAPTION_FIELDS)
+    caption = caption.strip().strip('"').strip() if isinstance(caption, str) and quoted(caption.strip()) else caption
+    stems = {PurePosixPath(f).stem for f in files}
+    names = files + [i for i in ids if not files or i in stems]
     return names, (caption.strip() or None) if isinstance(caption, str) else None
+
+
+def quoted(text):
+    return len(text) > 1 and text[0] == text[-1] == '"' and '"' not in text[1:-1]
 
 
 def field(record, names):
@@ -141,14 +155,14 @@ def harmless(path, max_nsfw):
         from pyarrow import ArrowException, parquet
     except ImportError:
         raise ValueError("reading --nsfw_scores needs pyarrow: pip install pyarrow") from None
-    names = set()
+    names, most = set(), np.float32(max_nsfw)
     try:
         with parquet.ParquetFile(path) as table:
             for batch in table.iter_batches(columns=["image_name", "image_nsfw", "prompt_nsfw"]):
                 columns = batch.to_pydict()
                 rows = zip(columns["image_name"], columns["image_nsfw"], columns["prompt_nsfw"])
-                # a picture without a score is not known to be harmless
-                names |= {n for n, *scores in rows if None not in scores and max(scores) <= max_nsfw}
+                # in float32, as DiffusionDB stores them; a picture without a score is not known to be harmless
+                names |= {n for n, *scores in rows if all(s is not None and np.float32(s) <= most for s in scores)}
     except (ArrowException, KeyError, OSError) as error:
         raise ValueError(f"--nsfw_scores {path} cannot be read ({error}): it must be DiffusionDB's metadata.parquet or "
                          "metadata-large.parquet") from None
@@ -162,15 +176,16 @@ def harmless(path, max_nsfw):
 # lengths are bounded, so that no caption, however long and strange, takes more than linear time
 STEPS = [(re.compile(pattern, re.I), new) for pattern, new in (
     (r"<person>", "person"),                                        # CC12M's stand-in for names
-    (r"</?[a-z][^<>]{0,200}>", " "),                                # HTML tags
+    (r"</?(?:a|b|i|u|p|br|hr|em|strong|span|div|img|font|h[1-6]|li|[uo]l|t[dhr]|table|center|small|big|su[bp])"
+     r"(?:\s+[\w-]{1,40}\s*=[^<>]{0,300})?\s*/?>", " "),             # HTML tags
     (r"(?:https?://|www\.)\S+", " "),                               # addresses
     (r"\S{1,64}@\S{1,64}\.\w+", " "),                               # mail
     (r"\b[\w-]{1,63}\.(?:com|net|org|co\.uk|io)\b(?:/\S*)?", " "),
-    (r"(?<!\S)@\w+", " "),                                          # user names
+    (r"(?<!\S)(?:(?:photo|image|picture|credit)s?:?\s)?(?:(?:by|via|from|credit):?\s)?@\w+", " "),  # user names
     (r"#(\w*[a-z]\w*)", r"\1"),                                     # hashtags keep their word
     (r"#\d+", " "),                                                 # picture numbers
     (r"\b[\w-]{1,63}\.(?:jpe?g|png|gif|webp|bmp|tiff?)\b", " "),    # file names
-    (r"\b(?:img|dsc|dscn|dscf|pict|p)_?\d{3,}\b", " "),             # of cameras
+    (r"\b(?:img|dsc|dscn|dscf|pict)_?\d{3,}\b", " "),               # of cameras
     (r"\b\d{2,5}\s?[x\u00d7]\s?\d{2,5}(?:\s?(?:px|pixels?))?\b", " "),  # sizes of pictures
     (r"\b(?:royalty[- ]free|stock)\s+(?:photo(?:graphy|s)?|images?|vectors?|illustrations?|pictures?|footage)\b", " "),
     (r"\b(?:free shipping|free download|click (?:here|to enlarge|for more)|all rights reserved)\b", " "),

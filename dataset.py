@@ -136,7 +136,8 @@ class Array:
 
     def read(self, row, out):
         """Fill out, an array of this shape, with a row"""
-        done = os.preadv(opened(self.path).fileno(), [out.reshape(-1).view(np.uint8)], self.offset + int(row) * self.size)
+        into = out.reshape(-1).view(np.uint8)
+        done = os.preadv(opened(self.path).fileno(), [into], self.offset + int(row) * self.size)
         if done != self.size:
             raise ValueError(f"{self.path} is cut short: row {row} gives {done} of {self.size} bytes")
 

@@ -15,7 +15,7 @@ PEAKS = {"H200": 989.4e12, "H100 PCIe": 756e12, "H100": 989.4e12, "A100": 312e12
 def forward_flops(config, mask_ratio=0.0, caption_length=77):
     """Floating-point operations of one picture's forward pass, counted on the meta device.
 
-    There, as on CPU tensors the counter misses attention. A multiply-add is two operations; norms and gates count as none.
+    There, as on CPU tensors the counter misses attention. A multiply-add is two operations; norms and gates are none.
     """
     with torch.device("meta"):
         net = MicroDiT(config)

@@ -47,3 +47,15 @@ def exit_with_launcher():
     """Of a process of torchrun: a killed launcher would leave it behind, to write into the folder of the next run."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         exit_with_parent()
+
+
+def shared_store():
+    """The key-value store that the processes of torchrun share.
+
+    On one machine torchrun keeps it when it starts crashed processes again, and with it what the last attempt wrote.
+    """
+    import torch.distributed as dist
+    store = next(dist.rendezvous("env://"))[0]
+    if os.environ["WORLD_SIZE"] == os.environ.get("LOCAL_WORLD_SIZE"):
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return store

@@ -10,8 +10,8 @@ A source is "shapes" (the drawn set), a folder of pictures, archives (.tar, .tgz
 glob pattern), or a list of pictures (.json, .jsonl, .tsv, .csv). Captions lie beside the pictures as .txt or .json, or
 come from --captions; sources.py and captions.py have the layouts, docs/datasets.md the commands for the paper's data.
 
-Pictures that cannot be used are listed with their reason in skipped.jsonl. Killed and started again, with any number
-of processes, it goes on after the finished shards, and the result is the same.
+Pictures that cannot be used are listed with their reason in skipped.jsonl. Killed and started again, it goes on after
+the finished shards, and the result is the same.
 """
 from configurator import configure
 from machine import exit_with_launcher
@@ -21,6 +21,7 @@ captions = ""               # captions by picture name (a table, or an archive o
 root = ""                   # folder that the names in a list of pictures start from; empty: where the list lies
 out = "data/shapes"         # folder to write
 vae = "pixels"              # autoencoder
+scaling_factor = 0.0        # of an autoencoder whose files do not name it (a single .safetensors file); 0: they do
 text_encoder = "words"      # text encoder
 resolutions = (32,)         # sides of the square pictures, in pixels; latents of every one are stored
 limit = 0                   # use at most so many pictures; 0: all (of the drawn set: 20,000)
@@ -46,11 +47,13 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 import time
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from datetime import timedelta
 from pathlib import Path
 
@@ -62,13 +65,15 @@ from tqdm import tqdm
 from captions import clean_web_caption, harmless, read_captions
 from dataset import FORMAT, read_info, write_atomic, write_json, write_lines, write_shard
 from encoders import load_text_encoder, load_vae, words_of
-from machine import pick_device
+from machine import pick_device, shared_store
 from pictures import Lost, Unusable, attempt, worker
-from sources import drawn_source, estimated_count, find_source
+from sources import drawn_source, estimated_count, find_source, fingerprint
 
 SHAPES_ROWS = 20_000
 # what may change between a run and its continuation
-NOT_COMPARED = ("out", "device", "ignore_disk", "overwrite", "batch_size", "workers")
+NOT_COMPARED = ("out", "device", "ignore_disk", "overwrite", "workers")
+# the files of a shard
+OURS = re.compile(r"\d{5}(-\d{4,})?\.((latents\d+|captions|scales)\.npy|(rows|skipped)\.jsonl|done\.json)(\.tmp)?")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -84,7 +89,7 @@ def events(parts, take, rank, world, done):
     the part's last)) after those of a shard. A shard is the samples k * shard_size to (k + 1) * shard_size of a part,
     whatever becomes of them, so that it depends on nothing else. done: {name of a finished shard: its record}
     """
-    by_part = len(parts) >= 4 * world  # else every process goes through all parts, and they share the shards
+    by_part = sum(most > 0 for most in take) >= 4 * world  # else all go through all parts, and share the shards
     lasts = {record["part"]: record["shard"] for record in done.values() if record["last"]}
     for p, (part, most) in enumerate(zip(parts, take)):
         def mine(shard):
@@ -142,6 +147,7 @@ def filters():
             return caption, f"NSFW score above {max_nsfw}, or none"
         caption = find(name) if find else caption
         caption = caption if isinstance(caption, str) else ""
+        caption = caption.encode("utf-8", "replace").decode()  # halves of surrogate pairs, which no tokenizer takes
         caption = clean_web_caption(caption) if clean_captions else caption.strip()
         return caption, "" if caption else "no caption"
     return usable
@@ -225,7 +231,7 @@ def starting_point(folder, new):
     """dataset.json to go on from: what an unfinished run with the same settings left, or else `new`"""
     path = folder / "dataset.json"
     if overwrite and folder.is_dir():
-        for old in [path, folder / "skipped.jsonl", *(p for p in folder.glob("[0-9]*.*") if p.is_file())]:
+        for old in [path, folder / "skipped.jsonl", *(p for p in folder.iterdir() if OURS.fullmatch(p.name))]:
             old.unlink(missing_ok=True)
     if not path.exists():
         return new
@@ -235,6 +241,9 @@ def starting_point(folder, new):
     if differ:
         raise ValueError(f"{folder} was prepared with other settings ({'; '.join(differ)}): give another --out, or "
                          "--overwrite")
+    if not info["complete"] and info.get("source_hash", new["source_hash"]) != new["source_hash"]:
+        raise ValueError(f"{source} has changed since {folder} was begun (files came, went or were renamed): finished "
+                         "shards would no longer be what they were. --overwrite begins again, or restore the source")
     return info
 
 
@@ -262,6 +271,7 @@ def complete(folder, info):
     info["skipped"] = dict(sorted(skipped.items()))
     if not info["rows"]:
         reasons = "; ".join(f"{n} x {reason}" for reason, n in skipped.items())
+        tidy(folder)  # the next start looks again: captions may have come
         raise ValueError(f"none of the pictures of {source} could be used ({reasons}): see {folder / 'skipped.jsonl'}")
     info["complete"] = True
     write_json(folder / "dataset.json", info)
@@ -343,15 +353,15 @@ def start_workers():
     return pool
 
 
-def parts_and_shares():
+def parts_and_shares(rank):
     """(parts of the source, how many samples of each are used, how many in all, large sources estimated)"""
     if source == "shapes":
         n = limit or SHAPES_ROWS
         return (parts := drawn_source(range(first_seed, first_seed + n), max(resolutions), shard_size),
                 [part.size for part in parts], n)
     parts = find_source(source, shard_size, root)
-    if not limit:
-        return parts, [math.inf] * len(parts), estimated_count(parts)
+    if not limit:  # one process has to know the number, for the bar and the disk
+        return parts, [math.inf] * len(parts), 0 if rank else estimated_count(parts)
     take, left = [], limit
     for part in parts:
         take.append(min(left, part.count()) if left else 0)
@@ -359,7 +369,7 @@ def parts_and_shares():
     return parts, take, sum(take)
 
 
-def set_up(folder, autoencoder, text, total):
+def set_up(folder, autoencoder, text, parts, total):
     """The folder's dataset.json, of a new or an unfinished preparation"""
     for r in resolutions:
         if r % autoencoder.downsample:
@@ -371,7 +381,8 @@ def set_up(folder, autoencoder, text, total):
         "vae": {"name": vae, "scaling_factor": autoencoder.scaling_factor,
                 "latent_channels": autoencoder.latent_channels, "downsample": autoencoder.downsample},
         "text_encoder": {"name": text_encoder, "length": text.length, "dim": text.dim},
-        "caption_dtype": caption_dtype, "resolutions": list(resolutions), "settings": kept})
+        "source_hash": fingerprint(parts), "caption_dtype": caption_dtype, "resolutions": list(resolutions),
+        "settings": kept})
     if info["complete"]:
         print(f"{folder} is already prepared: {info['rows']:,} rows")
         tidy(folder)
@@ -384,10 +395,12 @@ def set_up(folder, autoencoder, text, total):
 
 def main():
     check_settings()
+    if source != "shapes" and Path(out).absolute() == Path(source).absolute():
+        raise ValueError(f"out is the source, {source}: give a folder of its own")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     pool = start_workers()
     # all that the processes share besides the folder: a few counters
-    store = next(dist.rendezvous("env://"))[0] if world > 1 else dist.HashStore()
+    store = shared_store() if world > 1 else dist.HashStore()
     try:
         run(rank, world, store, pool)
     finally:
@@ -404,12 +417,13 @@ def run(rank, world, store, pool):
     if where.type == "cuda":
         where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(where)
-    autoencoder, text = load_vae(vae, where), load_text_encoder(text_encoder, where)
-    parts, take, total = parts_and_shares()
+    autoencoder = load_vae(vae, where, scaling_factor=scaling_factor or None)
+    text = load_text_encoder(text_encoder, where)
+    parts, take, total = parts_and_shares(rank)
     usable = filters()
     folder = Path(out)
     if rank == 0:
-        info = set_up(folder, autoencoder, text, total)
+        info = set_up(folder, autoencoder, text, parts, total)
         store.set("ready", "complete" if info["complete"] else "go")
         if info["complete"]:
             return
@@ -450,6 +464,9 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         raise SystemExit(f"prepare_latents.py: {error}") from None
+    except BrokenProcessPool:
+        raise SystemExit("prepare_latents.py: a process that decodes pictures was killed, perhaps for want of memory. "
+                         "The same command goes on after the last finished shard; --workers sets their number") from None
     except KeyboardInterrupt:
         raise SystemExit(f"prepare_latents.py: stopped. The same command goes on after the last finished shard in {out}"
                          ) from None

@@ -23,6 +23,7 @@ seed = 2024                   # picture i starts from noise that depends on seed
 batch_size = 16               # pictures drawn at once
 ema = True                    # use the averaged weights, where the run has them
 vae = ""                      # autoencoder; empty: the one that the checkpoint was trained with
+scaling_factor = 0.0          # of a --vae whose files do not name it (a single .safetensors file); 0: they do
 text_encoder = ""             # text encoder; empty: likewise
 device = "auto"               # cuda, mps or cpu; auto: the best there is
 dtype = "auto"                # of the network and the frozen ends: bfloat16 or float32; auto: bfloat16 on cuda
@@ -52,7 +53,8 @@ from model import sample as draw_latents
 GROUP = 256  # pictures for which all captions are encoded, then all latents drawn, then all decoded
 
 
-def load(path, device=None, ema=True, vae="", text_encoder="", dtype="auto", offload="auto", compile=False):
+def load(path, device=None, ema=True, vae="", text_encoder="", dtype="auto", offload="auto", compile=False,
+         scaling_factor=0.0):
     """The network of a checkpoint (file or run folder), with its frozen ends as .vae and .text_encoder.
 
     With offload, the three are on `device` only while generate() has them at work.
@@ -67,9 +69,10 @@ def load(path, device=None, ema=True, vae="", text_encoder="", dtype="auto", off
     small = device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory < 16e9
     model.offload = offload == "yes" or offload == "auto" and small
     home = torch.device("cpu") if model.offload else device
-    scaling_factor = data["vae"]["scaling_factor"] if vae in ("", data["vae"]["name"]) else None
+    if vae in ("", data["vae"]["name"]):
+        scaling_factor = scaling_factor or data["vae"]["scaling_factor"]
     # in __dict__, as a module's attribute that is a module would become a part of it
-    model.__dict__["vae"] = load_vae(vae or data["vae"]["name"], home, dtype, scaling_factor)
+    model.__dict__["vae"] = load_vae(vae or data["vae"]["name"], home, dtype, scaling_factor or None)
     if "released" in run and getattr(model.vae, "shift", 0):
         print(f"note: the released networks were trained without the shift of {model.vae.shift} in the config of "
               f"{model.vae.name}: none is applied", file=sys.stderr)
@@ -192,7 +195,8 @@ def main():
         if globals()[name] < least:
             raise ValueError(f"{name} is {globals()[name]}: it must be at least {least}")
     texts, negative = all_prompts()
-    models = [load(path, device, ema, vae, text_encoder, dtype, offload, compile) for path in checkpoint or ("",)]
+    models = [load(path, device, ema, vae, text_encoder, dtype, offload, compile, scaling_factor)
+              for path in checkpoint or ("",)]
     folder = Path(out)
     pictures = []
     for model in models:

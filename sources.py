@@ -7,11 +7,11 @@ the pictures, as .txt or as .json {"caption": ...} of the same name, or in a cap
 """
 import functools
 import glob
+import hashlib
 import json
-import lzma
+import os
 import tarfile
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,15 +22,17 @@ import shapes
 from captions import TABLES, look_up, records
 from pictures import Lost
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+PICTURES = (".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 TARS = (".tar", ".tgz", ".tar.gz")
 ARCHIVES = (*TARS, ".zip")
+MOST_ZEROS = 2 ** 21  # at the end of a tar; it is filled up to a multiple of 10 kB, or of what tar -b says
 COUNTED = 2 ** 30  # bytes of archives that are counted before the rest is estimated
 
 
 @dataclass
 class Part:
     """An archive, or a piece of a list of pictures"""
+    names: tuple        # the archive's name, or those of the pictures
     size: int           # of an archive, in bytes; of a piece, in pictures
     samples: Callable   # (wanted) -> iterator of samples; None for those with not wanted(position), which are not read
 
@@ -43,9 +45,13 @@ def find_source(source, piece, root=""):
     paths = [Path(source)] if Path(source).exists() else [Path(p) for p in sorted(glob.glob(source, recursive=True))]
     if len(paths) == 1 and paths[0].is_dir():
         folder = paths[0]
-        paths = sorted(p for p in folder.iterdir() if p.is_file() and p.name.lower().endswith(ARCHIVES))
+        inside = sorted(p for p in folder.iterdir() if p.is_file())
+        paths = [p for p in inside if p.name.lower().endswith(ARCHIVES)]
+        if paths and any(map(is_picture, map(str, inside))):
+            raise ValueError(f"{source} holds pictures and archives ({paths[0].name}): give the archives as a pattern, "
+                             f"'{source}/*{paths[0].suffix}', or the pictures a folder of their own")
         if not paths:
-            found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES and not p.is_dir())
+            found = sorted(pictures_below(folder))
             if not found:
                 raise ValueError(f"no pictures ({', '.join(PICTURES)}) and no archives ({', '.join(ARCHIVES)}) in "
                                  f"{source}")
@@ -55,8 +61,33 @@ def find_source(source, piece, root=""):
     if not paths or not all(p.name.lower().endswith(ARCHIVES) for p in paths):
         raise ValueError(f"no source {source}: give 'shapes', a folder of pictures, {', '.join(ARCHIVES)} files (path, "
                          f"folder or glob pattern), or a list of pictures ({', '.join(TABLES)})")
-    return [Part(p.stat().st_size, functools.partial(zip_samples if p.suffix.lower() == ".zip" else tar_samples, p))
-            for p in paths]
+    above = os.path.commonpath([p.absolute().parent for p in paths])
+    return [archive_part(p, str(p.absolute().relative_to(above))) for p in paths]
+
+
+def archive_part(path, label):
+    samples = zip_samples if path.suffix.lower() == ".zip" else tar_samples
+    return Part((label,), path.stat().st_size, functools.partial(samples, path, label))
+
+
+def fingerprint(parts):
+    """A hash of what the parts are, to notice a source that has changed"""
+    described = hashlib.sha256()
+    for part in parts:
+        described.update("\0".join((*part.names, str(part.size))).encode(errors="surrogateescape"))
+    return described.hexdigest()[:16]
+
+
+def pictures_below(folder):
+    """Pictures, and what is named like one, in a folder and those below it, linked ones too"""
+    seen = set()
+    for directory, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(directory)
+        if real in seen:  # links may go in circles
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(directory, name) for name in files if is_picture(name))
 
 
 def estimated_count(parts):
@@ -78,7 +109,7 @@ def pieces(entries, piece, sample):
         for position, entry in enumerate(entries):
             yield [sample(*entry)] if wanted(position) else None
     found = [entries[i:i + piece] for i in range(0, len(entries), piece)]
-    return [Part(len(part), functools.partial(samples, part)) for part in found]
+    return [Part(tuple(name for name, *_ in part), len(part), functools.partial(samples, part)) for part in found]
 
 
 def drawn_source(seeds, size, piece):
@@ -106,26 +137,32 @@ def captions_of_folder(folder):
     path = folder / f"{folder.resolve().name}.json"
     try:
         return by_name(path.name, path.read_bytes()) if path.is_file() else {}
-    except (ValueError, KeyError, TypeError, OSError):
+    except Exception:  # it says nothing then; the pictures are listed without a caption
         return {}
 
 
 def by_name(name, data):
-    return {names[0]: caption for names, caption in records(name, data) if names}
+    found = {}
+    for names, caption in records(name, data):
+        if names and caption:
+            found.setdefault(names[0], caption)
+    return found
 
 
 def manifest(path, root):
-    """[(picture name, its path, caption)] of a list of pictures, the first record of each; names start from `root`"""
+    """[(picture name, its path, caption)] of a list of pictures, the first caption of each; names start from `root`"""
     root = Path(root or path.parent)
     try:
         found = records(path.name, path.read_bytes())
-    except (ValueError, KeyError, TypeError) as error:
+    except Exception as error:
         raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error})") from None
     if not any(names for names, _ in found):
         raise ValueError(f"{path} names no pictures: see captions.py for the layouts that are understood")
     first = {}
     for i, (names, caption) in enumerate(found):
-        first.setdefault(names[0] if names else f"record {i + 1}", (root / names[0] if names else None, caption))
+        name = names[0] if names else f"record {i + 1}"
+        if not first.get(name, (None, None))[1]:
+            first[name] = (root / names[0] if names else None, caption)
     return [(name, *rest) for name, rest in first.items()]
 
 
@@ -144,74 +181,93 @@ def manifest_sample(name, path, caption):
 
 
 class Header(tarfile.TarInfo):
-    """tarfile takes a damaged header for the end of the archive"""
+    """tarfile takes a damaged header, or zeros in the middle, for the end of the archive"""
     @classmethod
     def fromtarfile(cls, tar):
         try:
-            return super().fromtarfile(tar)
-        except tarfile.EOFHeaderError:
+            header = super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:  # a block of zeros: the end, or that of the first of several tars
+            tar.zeros = getattr(tar, "zeros", 0) + tarfile.BLOCKSIZE
+            raise
+        except tarfile.EmptyHeaderError:
+            if not getattr(tar, "zeros", 0):
+                raise tarfile.ReadError("no end marker") from None
+            if tar.zeros > MOST_ZEROS:
+                raise tarfile.ReadError(f"its last {tar.zeros:,} bytes are zeros: an incomplete download?") from None
             raise
         except tarfile.HeaderError as error:
-            raise tarfile.ReadError("no end marker" if "empty" in str(error) else str(error)) from None
+            raise tarfile.ReadError(str(error)) from None
+        tar.zeros = 0
+        return header
 
 
-def tar_samples(path, wanted):
+def tar_samples(path, label, wanted):
     """The samples of a WebDataset tar: consecutive files whose names agree up to the first dot"""
     position, files = 0, {}
     try:
-        with tarfile.open(path, tarinfo=Header) as tar:
-            for _, same in groupby((m for m in tar if m.isfile()), lambda m: sample_key(m.name)):
+        with tarfile.open(path, tarinfo=Header, ignore_zeros=True) as tar:
+            entries = (m for m in tar if not m.isdir() and (m.isfile() or is_picture(m.name)))
+            for _, same in groupby(entries, lambda m: sample_key(m.name)):
                 read, files = wanted(position), {}
                 for member in same:  # in order and only once: a compressed tar cannot go back
-                    files[member.name] = tar.extractfile(member).read() if read else b""
+                    name = member.name
+                    if name in files:
+                        files[f"{name}/again"] = Lost(f"{name} is there twice, the first is used")
+                        continue
+                    files[name] = Lost("cut off" if member.isfile() else "a link, which is not followed")
+                    if member.isfile():
+                        files[name] = tar.extractfile(member).read() if read else b""
                     tar.members = []  # tarfile would keep every header
                 if any(map(is_picture, files)):
-                    yield sample(path, files) if read else None
+                    yield sample(label, files) if read else None
                     position += 1
                 files = {}
-    except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:
-        if any(map(is_picture, files)):  # those of the last sample that are whole
-            yield sample(path, files)
-        yield [lost(path, f"the archive breaks off here: {error}")]
+    except Exception as error:  # tarfile, gzip, bz2, lzma and zlib raise errors of their own
+        if any(map(is_picture, files)):
+            yield sample(label, files)
+        yield [lost(label, f"the archive breaks off here: {error}")]
 
 
-def zip_samples(path, wanted):
+def zip_samples(path, label, wanted):
     """The samples of a zip by name. A .json that belongs to no picture (DiffusionDB's parts) gives captions to all."""
     try:
         with zipfile.ZipFile(path) as archive:
-            names = sorted((n for n in archive.namelist() if not n.endswith("/")), key=lambda n: (sample_key(n), n))
+            there = Counter(n for n in archive.namelist() if not n.endswith("/"))
+            names = sorted(there, key=lambda n: (sample_key(n), n))
             keys = Counter(map(sample_key, names))
-            tables = [n for n in names if n.lower().endswith(".json") and keys[sample_key(n)] == 1]
             whole, position = {}, 0
-            for name in tables:
+            bad = [lost(label, f"{n} is there {k} times, the last is used") for n, k in there.items() if k > 1]
+            for name in (n for n in names if n.lower().endswith(".json") and keys[sample_key(n)] == 1):
                 try:
                     whole |= by_name(name, archive.read(name))
-                except (ValueError, KeyError, TypeError, RuntimeError, zipfile.BadZipFile, OSError) as error:
-                    yield [lost(path, f"{name} cannot be read: {error}")]
-                    position += 1
+                except Exception as error:
+                    bad.append(lost(label, f"{name} cannot be read: {error}"))
+            if bad:
+                yield bad
+                position += 1
             for _, same in groupby(names, sample_key):
                 same = list(same)
                 if any(map(is_picture, same)):
-                    yield zip_sample(path, archive, same, whole) if wanted(position) else None
+                    yield zip_sample(label, archive, same, whole) if wanted(position) else None
                     position += 1
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
-        yield [lost(path, f"the archive cannot be read: {error}")]
+    except Exception as error:
+        yield [lost(label, f"the archive cannot be read: {error}")]
 
 
-def zip_sample(path, archive, names, whole):
+def zip_sample(label, archive, names, whole):
     files, bad = {}, []
     for name in names:
         try:
             files[name] = archive.read(name)
         except Exception as error:  # zlib, bz2 and lzma raise their own errors
-            bad.append(lost(path, f"{name} cannot be read: {error}"))
-    found = sample(path, files)
+            bad.append(lost(label, f"{name} cannot be read: {error}"))
+    found = sample(label, files)
     return bad + [(n, picture, look_up(whole, n) if caption is None else caption) for n, picture, caption in found]
 
 
-def lost(path, reason):
+def lost(label, reason):
     """An entry that only lists its reason among the skipped pictures"""
-    return path.name, Lost(reason), "lost"
+    return label, Lost(reason), "lost"
 
 
 def sample_key(name):
@@ -223,22 +279,38 @@ def is_picture(name):
     return name.lower().endswith(PICTURES)
 
 
-def sample(path, files):
-    """[(name, picture, caption)] of the pictures among {name: bytes}, with the caption that lies beside them"""
-    extension = {name: "." + name.rpartition("/")[2].partition(".")[2].lower() for name in files}
-    texts = {extension[name]: data for name, data in files.items()}
-    caption = None
-    if ".txt" in texts:
-        caption = texts[".txt"].decode("utf-8", "replace").strip()
-    elif ".json" in texts:
-        caption = json_caption(texts[".json"])
-    found = [name for name in files if extension[name] in PICTURES]
-    # a name with more dots (7.5.png) is a picture too, unless the sample has a plain one and this is its .mask.png, say
-    return [(f"{path.name}/{name}", files[name], caption) for name in found or filter(is_picture, files)]
+def sample(label, files):
+    """[(name, picture, caption)] of the pictures among {name: bytes or Lost}, with the captions that lie beside them.
+
+    A caption belongs to the picture whose name it has (7.5.txt to 7.5.png); else that of the name up to the first dot
+    belongs to the picture NAME.png, or where there is none, to all (0.txt to 0.left.png and 0.right.png).
+    """
+    pictures = [name for name in files if is_picture(name)]
+    folder, slash, base = next(iter(files)).rpartition("/")
+    start = folder + slash + base.partition(".")[0]
+    plain = [name for name in pictures if name.rpartition(".")[0] == start]
+    found = []
+    for name in pictures:
+        caption = caption_among(files, name.rpartition(".")[0])
+        if caption is None and (name in plain or not plain):
+            caption = caption_among(files, start)
+        found.append((f"{label}/{name}", files[name], caption))
+    return found + [lost(label, str(f)) for name, f in files.items() if name.endswith("/again")]
+
+
+def caption_among(files, stem):
+    """The caption in STEM.txt or STEM.json, or None"""
+    for name, data in files.items():
+        if name[:len(stem)] == stem and name[len(stem):].lower() == ".txt" and isinstance(data, bytes):
+            return data.decode("utf-8", "replace").strip()
+    for name, data in files.items():
+        if name[:len(stem)] == stem and name[len(stem):].lower() == ".json" and isinstance(data, bytes):
+            return json_caption(data)
+    return None
 
 
 def json_caption(data):
     try:
         return json.loads(data)["caption"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None  # a .json without a caption is not a caption

@@ -61,7 +61,7 @@ router_unmodulated = False    # the router reads LN(x) instead of the adaLN-modu
 device = "auto"               # cuda, mps or cpu; auto: the best there is
 dtype = "auto"                # of the computation: bfloat16 or float32 (weights stay float32); auto: bfloat16 on cuda
 compile = False               # torch.compile: a minute at the start, faster steps on a GPU
-activation_checkpointing = False  # compute the blocks' activations again in the backward pass: less memory, a third more work
+activation_checkpointing = False  # compute the blocks again in the backward pass: less memory, a third more work
 loader_threads = 4            # threads that read data for a GPU
 # reporting
 log_every = 50                # steps between console lines
@@ -99,7 +99,7 @@ from batches import Batches, generator, prefetched, to_device
 from dataset import Dataset, Rows, check_same_encoders, decoded_captions, write_atomic
 from encoders import load_vae
 from flops import forward_flops, matmul_rate, peak_flops
-from machine import keep_freed_memory, pick_device
+from machine import keep_freed_memory, pick_device, shared_store
 from model import MicroDiT, MicroDiTConfig, edm_loss, expert_tokens, kept_patches
 from model import sample as draw_latents
 from muon import Muon
@@ -205,8 +205,8 @@ def find_resume(folder, run, rank):
             damaged.append(path)
     else:
         if damaged:
-            raise ValueError(f"none of the checkpoints in {folder} is whole ({', '.join(map(str, damaged))}): --overwrite "
-                             "starts again from step 0")
+            raise ValueError(f"none of the checkpoints in {folder} is whole ({', '.join(map(str, damaged))}): "
+                             "--overwrite starts again from step 0")
         return None
     differ = [f"{name}: {old['settings'].get(name)!r} there, {value!r} now" for name, value in run["settings"].items()
               if name not in NOT_COMPARED and name in old["settings"]
@@ -393,8 +393,8 @@ class Log:
 
 
 class Stop:
-    """SIGTERM or SIGINT, noticed by all processes at the end of the same step: each tells the others at the end of every
-    step, without waiting, and reads what was said at the end of the step before. A second signal kills at once.
+    """SIGTERM or SIGINT, noticed by all processes at the end of the same step: each tells the others at the end of
+    every step, without waiting, and reads what was said a step before. A second signal kills at once.
     """
 
     def __init__(self, world):
@@ -441,8 +441,8 @@ class Meter:
         self.started += time.time() - began
 
     def read(self):
-        """{images_per_s, mfu, eta_s} of the steps since restart(). MFU is against the datasheet's dense bf16 peak of all
-        GPUs, or, where there is none, against matrix products measured at the start on as many machines.
+        """{images_per_s, mfu, eta_s} of the steps since restart(). MFU is against the datasheet's dense bf16 peak of
+        all GPUs, or, where there is none, against matrix products measured at the start on as many machines.
         """
         steps, seconds = self.trainer.step - self.first, time.time() - self.started
         rate = steps * batch_size / seconds
@@ -546,13 +546,14 @@ def main():
     if resume:
         trainer.load(resume)
     if world > 1:
-        dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if where.type == "cuda" else "gloo", store=shared_store(), rank=rank,
+                                world_size=world)
     stop, meter = Stop(world), Meter(trainer, where, half, world)
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         parameters = sum(p.numel() for p in trainer.net.parameters())
-        print(f"{folder}: {parameters / 1e6:.1f} M parameters, {len(rows):,} pictures, {max_steps:,} steps of {batch_size} "
-              f"on {world} x {where.type}" + (f", going on from step {trainer.step:,}" if resume else ""))
+        print(f"{folder}: {parameters / 1e6:.1f} M parameters, {len(rows):,} pictures, {max_steps:,} steps of "
+              f"{batch_size} on {world} x {where.type}" + (f", going on from step {trainer.step:,}" if resume else ""))
         if meter.measured:
             print(f"MFU is against {meter.measured / 1e9:,.0f} GFLOP/s, measured on matrix products just now")
         if not init_from and not resume and wants_init():

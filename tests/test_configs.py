@@ -1,8 +1,15 @@
 """Every file in config/ is a run that starts, and the README's two commands are what they should be."""
 import re
+from dataclasses import fields
 
 import pytest
+import torch
 from conftest import ROOT, launch
+
+import train
+from configurator import read_config, setting_names
+from flops import forward_flops, parameters
+from model import MicroDiT, MicroDiTConfig, edm_loss
 
 
 @pytest.fixture(scope="module")
@@ -12,13 +19,76 @@ def data(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("config", sorted(p.name for p in (ROOT / "config").glob("*.py")))
+CONFIGS = sorted(p.stem for p in (ROOT / "config").glob("[!_]*.py"))
+LAPTOP = ("small", "tiny")
+
+
+def settings_of(name):
+    defaults = {n: getattr(train, n) for n in setting_names((ROOT / "train.py").read_text())}
+    return defaults | read_config(f"config/{name}.py", defaults)
+
+
+def network(s):
+    names = {f.name for f in fields(MicroDiTConfig)} & s.keys()
+    return MicroDiTConfig(**{n: s[n] for n in names})
+
+
+@pytest.mark.parametrize("config", LAPTOP)
 def test_config(data, tmp_path, config):
     printed = launch(
-        "train.py", f"config/{config}", f"--data={data}", f"--out={tmp_path / 'run'}", "--batch_size=4",
+        "train.py", f"config/{config}.py", f"--data={data}", f"--out={tmp_path / 'run'}", "--batch_size=4",
         "--micro_batch_size=4", "--max_steps=2", "--unmasked_steps=1", "--sample_every=0")  # fmt: skip
     size = re.search(r"([\d.]+) M parameters", printed).group(1)
-    assert f"{size} M parameters" in (ROOT / "config" / config).read_text()
+    assert f"{size} M parameters" in (ROOT / "config" / f"{config}.py").read_text()
+
+
+# the paper's table: steps, mask ratio, learning rate, warmup, gradient clip, P_mean, P_std, EMA decay and start; GFLOPs
+PHASES = {
+    "xl2_256": (250_000, 0.75, 2.4e-4, 2500, 0.25, -0.6, 1.2, 0.0, 0, 94),
+    "xl2_256_unmasked": (30_000, 0.0, 8e-5, 0, 0.25, -0.6, 1.2, 0.0, 0, 238),
+    "xl2_512": (50_000, 0.75, 8e-5, 500, 0.5, 0.0, 0.6, 0.99975, 25_000, 356),
+    "xl2_512_unmasked": (5000, 0.0, 8e-5, 0, 0.5, 0.0, 0.6, 0.9975, 1000, 1001),
+}
+NAMES = ("max_steps", "mask_ratio", "learning_rate", "warmup_steps", "grad_clip", "p_mean", "p_std", "ema_decay", "ema_start")
+
+
+@pytest.mark.parametrize("config", PHASES)
+def test_phases_of_the_paper(config):
+    s, *expected = settings_of(config), *PHASES[config]
+    assert [s[name] for name in NAMES] == expected[:-1]
+    assert (s["batch_size"], s["weight_decay"], s["beta1"], s["beta2"], s["unmasked_steps"]) == (2048, 0.1, 0.9, 0.999, 0)
+    assert s["schedule"] == ("cosine" if config == "xl2_256" else "constant") and s["min_learning_rate"] == 0.33
+    net = network(s)
+    assert (net.latent_size, net.pos_scale) == ((32, 1.0) if "256" in config else (64, 2.0))
+    assert parameters(net) == (1_165_442_320, 712_457_488)
+    assert forward_flops(net, s["mask_ratio"]) / 1e9 == pytest.approx(expected[-1], abs=1)
+    for gpus in (1, 2, 4, 8, 16, 32):  # the same global batch
+        assert s["batch_size"] % (s["micro_batch_size"] * gpus) == 0
+    before = {"xl2_256": "", "xl2_256_unmasked": "xl2_256", "xl2_512": "xl2_256_unmasked", "xl2_512_unmasked": "xl2_512"}
+    assert s["init_from"] == (f"runs/{before[config]}" if before[config] else "")
+    assert s["init_optimizer"] == ("unmasked" in config)
+    assert ("data/diffusiondb" in s["data"]) == ("256" in config) and ("data/cc12m@512" in s["data"]) == ("512" in config)
+
+
+@pytest.mark.parametrize("config", PHASES)
+def test_shapes_on_the_meta_device(config):
+    s = settings_of(config)
+    with torch.device("meta"):
+        net, c = MicroDiT(network(s)), network(s)
+        x = torch.empty(2, c.latent_channels, c.latent_size, c.latent_size)
+        ids = torch.empty(2, int(c.tokens * (1 - s["mask_ratio"])), dtype=torch.int64) if s["mask_ratio"] else None
+        caption, sigma = torch.empty(2, 77, c.caption_dim), torch.empty(2)
+        loss = edm_loss(net, x, caption, sigma, torch.empty_like(x), ids, reduce=False)
+        assert net(x, sigma, caption, ids).shape == x.shape
+    loss.sum().backward()
+    assert loss.shape == (2,) and all(p.grad.shape == p.shape for p in net.parameters())
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_header_names_its_size_and_command(config):
+    text = (ROOT / "config" / f"{config}.py").read_text()
+    assert f"{parameters(network(settings_of(config)))[0] / 1e6:,.1f} M parameters" in text or config in LAPTOP
+    assert f"train.py config/{config}.py" in text
 
 
 def test_quick_start_is_two_blocks_of_one_line():

@@ -193,6 +193,15 @@ def test_archives_of_every_kind(script, tmp_path):
         "encrypted.zip": encrypted(zip_bytes(pair("first") + pair("second"))),
         "empty.zip": zip_bytes([]),
         "bad table.zip": zip_bytes([("part-1.json", b"{"), *pair("first")]),
+        "zeroed header.tar": whole[:header] + bytes(1024) + whole[header + 1024 :],
+        "two in one.tar": tar_bytes(pair("first")) + tar_bytes(pair("second")),
+        "incomplete.tar": whole[:header] + bytes(6000 * 512),  # as a download into preallocated space leaves it
+        "twice.tar": tar_bytes([("a.png", PNG), ("a.png", JPEG), ("a.txt", b"a")]),
+        "twice.zip": zip_bytes([("a.png", PNG), ("a.PNG", JPEG), ("a.txt", b"a")]).replace(b"a.PNG", b"a.png"),
+        "size.tar": whole[: header + 124] + b"\x80\0\0\0\x10" + bytes(7) + whole[header + 136 :],
+        "dots.zip": zip_bytes(pair("photo") + pair("photo.2") + pair("x 7.5")),
+        "deep.tar": tar_bytes([("a.png", PNG), ("a.json", b"[" * 100_000)] + pair("b")),
+        "deep.zip": zip_bytes([("part-9.json", b"[" * 100_000)] + pair("b")),
         "no pictures.zip": zip_bytes([("readme.txt", b"x"), ("inner.zip", zip_bytes(two))]),
     }
     for name, content in files.items():
@@ -210,7 +219,10 @@ def test_archives_of_every_kind(script, tmp_path):
         "cut in a file.tar": first, "cut in a header.tar": first, "bad header.tar": first, "links.tar": first,
         "outside.tar": {"../../up.png": "up", "/abs.png": "abs"}, "masks.tar": {"a.png": "a"},
         "long name.tar": {"n" * 180 + ".png": "n" * 180}, "cut.tgz": both, "bad table.zip": first,
-        "encrypted.zip": {"second.png": "second"},
+        "encrypted.zip": {"second.png": "second"}, "zeroed header.tar": first, "two in one.tar": both,
+        "incomplete.tar": first, "twice.tar": {"a.png": "a"}, "twice.zip": {"a.png": "a"}, "size.tar": first,
+        "dots.zip": {"photo.png": "photo", "photo.2.png": "photo.2", "x 7.5.png": "x 7.5"},
+        "deep.tar": {"b.png": "b"}, "deep.zip": {"b.png": "b"},
     }  # fmt: skip
     reasons = {
         "cut in a file.tar": "breaks off here: unexpected end of data", "cut in a header.tar": "breaks off here: truncated",
@@ -218,7 +230,11 @@ def test_archives_of_every_kind(script, tmp_path):
         "nothing.tar": "breaks off here: ", "text.tar": "breaks off here: ", "cut.tgz": "breaks off here: Compressed",
         "damaged.tar.gz": "breaks off here: ", "cut.zip": "cannot be read: File is not a zip", "damaged.zip": "first.png cannot",
         "encrypted.zip": "first.png cannot be read", "bad table.zip": "part-1.json cannot be read",
-        "masks.tar/b.png": "no caption", "damaged.tar.gz/first.png": "no caption",
+        "masks.tar/b.png": "no caption", "masks.tar/a.mask.png": "no caption", "damaged.tar.gz/first.png": "no caption",
+        "cut in a file.tar/second.png": "cut off", "cut.tgz/third.png": "cut off", "links.tar/link.png": "a link",
+        "zeroed header.tar": "breaks off here: ", "twice.tar": "a.png is there twice",
+        "twice.zip": "a.png is there 2 times", "size.tar": "breaks off here", "incomplete.tar": "bytes are zeros",
+        "deep.tar/a.png": "no caption", "deep.zip": "part-9.json cannot be read",
     }  # fmt: skip
     assert skipped.keys() == reasons.keys()
     for name, words in reasons.items():
@@ -258,3 +274,60 @@ def test_a_list_that_names_no_pictures_is_refused(script, tmp_path, text):
     (tmp_path / "list.json").write_text(text)
     message = script("prepare_latents.py", "--source", tmp_path / "list.json", "--out", tmp_path / "out", fails=True)
     assert "list.json" in message and not (tmp_path / "out").exists()
+
+
+def test_the_source_and_other_files_survive_overwrite(script, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for name, content in pair("0") + pair("1"):
+        (folder / name).write_bytes(content)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    message = script("prepare_latents.py", "--source", folder, "--out", folder, "--overwrite", fails=True)
+    assert "out is the source" in message
+    (folder / "00000.tar").write_bytes(tar_bytes(pair("x")))
+    for args in ((), ("--overwrite",)):
+        script("prepare_latents.py", "--source", folder / "00000.tar", "--out", folder, *args)
+    assert before == {name: (folder / name).read_bytes() for name in before} and (folder / "00000.tar").is_file()
+
+
+def test_a_source_that_changes_on_the_way_is_refused(script, tmp_path):
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    (source / "0.png").write_bytes(PNG)
+    args = ("prepare_latents.py", "--source", source, "--out", out)
+    assert "1 x no caption" in script(*args, fails=True)
+    (source / "0.txt").write_text("now it has one")  # which is seen, as nothing was finished
+    script(*args)
+    assert Dataset(out, 16).texts([0]) == ["now it has one"]
+    info = json.loads((out / "dataset.json").read_text())
+    (out / "dataset.json").write_text(json.dumps(info | {"complete": False}))
+    (source / "00.png").write_bytes(PNG)
+    assert "has changed since" in script(*args, fails=True)
+
+
+def test_pictures_beside_archives_are_not_overlooked(script, tmp_path):
+    (tmp_path / "a.png").write_bytes(PNG)
+    (tmp_path / "backup.zip").write_bytes(zip_bytes(pair("first")))
+    message = script("prepare_latents.py", "--source", tmp_path, "--out", tmp_path / "out", fails=True)
+    assert "holds pictures and archives" in message
+    (tmp_path / "in/deep").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "in/deep/up").symlink_to(tmp_path / "in")  # a circle
+    (tmp_path / "in/linked").symlink_to(tmp_path / "elsewhere")
+    for folder in ("in/deep", "elsewhere"):
+        for name, content in pair("p"):
+            (tmp_path / folder / name).write_bytes(content)
+    _, texts, skipped = prepare(script, tmp_path / "in", tmp_path / "out")
+    assert texts == ["p", "p"] and not skipped
+
+
+def test_shards_do_not_depend_on_the_processes_even_where_an_archive_breaks_off(script, tmp_path):
+    whole = tar_bytes([member for i in range(10) for member in pair(f"{i}")])
+    (tmp_path / "cut.tar").write_bytes(whole[: whole.index(b"7.png") + 700])
+    args = ("prepare_latents.py", "--source", tmp_path / "cut.tar", "--shard_size=4", "--out")
+    script(*args, tmp_path / "one")
+    script(*args, tmp_path / "two", processes=2)
+    names = sorted(p.name for p in (tmp_path / "one").iterdir())
+    assert names == sorted(p.name for p in (tmp_path / "two").iterdir())
+    assert all((tmp_path / "one" / n).read_bytes() == (tmp_path / "two" / n).read_bytes() for n in names)
+    assert [json.loads(line)["reason"][:7] for line in open(tmp_path / "one/skipped.jsonl")] == ["cut off", "the arc"]
