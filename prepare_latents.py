@@ -466,7 +466,8 @@ if __name__ == "__main__":
         raise SystemExit(f"prepare_latents.py: {error}") from None
     except BrokenProcessPool:
         raise SystemExit("prepare_latents.py: a process that decodes pictures was killed, perhaps for want of memory. "
-                         "The same command goes on after the last finished shard; --workers sets their number") from None
+                         "The same command goes on after the last finished shard; --workers sets their number"
+                         ) from None
     except KeyboardInterrupt:
         raise SystemExit(f"prepare_latents.py: stopped. The same command goes on after the last finished shard in {out}"
                          ) from None

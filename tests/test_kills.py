@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from conftest import ROOT
 from PIL import Image
+from safetensors.torch import load_file
 
 KILLS, PICTURES = int(os.environ.get("KILLS", 3)), int(os.environ.get("PICTURES", 300))
 MODULE = "torch.distributed.run"
@@ -110,3 +111,39 @@ def test_preparation_survives_kills(script, tmp_path):
     print(f"undisturbed, two processes: {seconds:.1f} s; {KILLS} kills, {runs + 1} preparations finished, all the same")
     assert len([n for n in whole if n.endswith("captions.npy")]) == 2 * -(-PICTURES // 64)
     assert contents(tmp_path / "two") == whole and contents(killed) == whole
+
+
+def test_training_survives_kills(script, tmp_path):
+    """Two processes, a checkpoint every few steps, so that many kills come while one is written"""
+    script("prepare_latents.py", f"--out={tmp_path / 'data'}", "--limit=60", "--resolutions=16")
+    steps = 60 if KILLS < 20 else 400
+    args = ["train.py", f"--data={tmp_path / 'data'}", "--latent_size=8", "--dim=64", "--depth=2", "--head_dim=16",
+            "--mlp_multiple=16", "--mixer_depth=1", "--mixer_dim=32", "--num_experts=2", "--batch_size=8", "--micro_batch_size=2",
+            "--warmup_steps=3", f"--max_steps={steps}", f"--unmasked_steps={steps // 4}", "--ema_decay=0.9", "--log_every=5",
+            "--eval_every=0", "--sample_every=0", "--checkpoint_every=3", "--keep_checkpoints=2"]  # fmt: skip
+    runs, unfinished = 0, 0
+    with open(tmp_path / "log.txt", "w") as log:
+        began = time.time()
+        assert start([*args, f"--out={tmp_path}/whole"], log).wait(600) == 0
+        seconds, killed = time.time() - began, tmp_path / "killed"
+        last = f"step_{steps:08d}.safetensors"
+        whole = (tmp_path / "whole" / last).read_bytes()
+
+        def finished():
+            nonlocal runs, unfinished
+            unfinished += len(list(killed.glob("*.tmp"))) if killed.exists() else 0
+            if (killed / last).exists():
+                assert tensors(killed / last) == tensors(tmp_path / "whole" / last)
+                shutil.rmtree(killed)
+                runs += 1
+
+        survive([*args, f"--out={killed}"], KILLS, (0.3 * seconds, seconds), finished, log, random.Random(8))
+    print(f"undisturbed: {seconds:.1f} s; {KILLS} kills, {unfinished} of them while a checkpoint was being written, "
+          f"{runs + 1} runs finished, all with the same weights")  # fmt: skip
+    assert tensors(killed / last) == tensors(tmp_path / "whole" / last) and len(whole) > 100_000
+    assert len(list(killed.glob("step_*"))) == 2
+
+
+def tensors(path):
+    """{name: bytes} of a checkpoint, whose metadata names the folder"""
+    return {name: t.numpy().tobytes() for name, t in load_file(path).items()}
