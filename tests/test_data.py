@@ -372,3 +372,47 @@ def test_quantization_is_within_half_a_step(n, dim, exponent, seed):
     steps = np.repeat(scales.astype(np.float32), dim // scales.shape[-1], axis=-1)
     assert values.shape == x.shape and values.dtype == np.int8 and (y[0, 0] == 0).all()
     assert (np.abs(y - x) <= 0.58 * steps + 1e-7).all()  # half a step, and the rounding of the scale itself
+
+
+# --- several folders as one set --------------------------------------------------------------------------------------
+
+
+def test_several_folders_are_one_set(script, tmp_path):
+    for name, seed, n in (("a", 0, 23), ("b", 500, 17)):
+        script("prepare_latents.py", "--out", tmp_path / name, f"--limit={n}", f"--first_seed={seed}", "--resolutions=16",
+               "--shard_size=10")  # fmt: skip
+    a, b = Dataset(tmp_path / "a", 8), Dataset(tmp_path / "b", 8)
+    for path in (tmp_path / "b").glob("*.rows.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for i, row in enumerate(rows):
+            row["width"], row["height"] = ((600, 512), (2000, 511), (511, 2000))[i % 3]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    both = Dataset([tmp_path / "a", f"{tmp_path / 'b'}@512"], 8)
+    kept = [i for i in range(17) if (i % 10) % 3 == 0]
+    assert len(both) == 23 + len(kept) and both.texts([22, 0]) == a.texts([22, 0])
+    order = np.random.default_rng(0).permutation(len(both))
+    latents, captions = both.rows(order)
+    texts = both.texts(order)
+    for i, row in enumerate(order):
+        source, local = (a, row) if row < 23 else (b, kept[row - 23])
+        expected = source.rows([local])
+        np.testing.assert_array_equal(latents[i], expected[0][0])
+        np.testing.assert_array_equal(captions[i], expected[1][0])
+        assert texts[i] == source.texts([local])[0]
+    rows, held = both.split(4)
+    everything = [*rows[np.arange(len(rows))], *held[np.arange(len(held))]]
+    assert sorted(everything) == list(range(len(both)))
+    assert any(i < 23 for i in held[np.arange(len(held))]) and any(i >= 23 for i in held[np.arange(len(held))])
+    with pytest.raises(ValueError, match="b@3000 has no rows with a short side of 3000"):
+        Dataset([tmp_path / "a", f"{tmp_path / 'b'}@3000"], 8)
+    script("prepare_latents.py", "--out", tmp_path / "c", "--limit=9", "--resolutions=16", "--caption_dtype=int8")
+    with pytest.raises(ValueError, match="differ in caption_dtype"):
+        Dataset([tmp_path / "a", tmp_path / "c"], 8)
+
+
+def test_a_file_cut_after_it_was_opened_is_noticed(script, tmp_path):
+    script("prepare_latents.py", "--out", tmp_path / "d", "--limit=9", "--resolutions=16")
+    data = Dataset(tmp_path / "d", 8)
+    os.truncate(tmp_path / "d/00000.captions.npy", 5000)
+    with pytest.raises(ValueError, match="captions.npy is cut short: row 8"):
+        data.rows([8])
