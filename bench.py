@@ -211,7 +211,8 @@ def print_recipe(runs, rates):
         hours += h
         how = "measured" if name in rates else f"if at {100 * assumed_mfu:.0f} % of an H100's peak"
         print(f"  {name:20} {rate:7,.0f} images/s per GPU ({how}): {h:6.1f} hours, ${h * gpus * price:,.0f}")
-    print(f"  together {hours:.1f} hours, ${hours * gpus * price:,.0f}, without the preparation of the data")
+    print(f"  together {hours:.1f} hours, ${hours * gpus * price:,.0f}, without data preparation, checkpoints, "
+          "validation, and what the GPUs wait for each other")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,8 +251,6 @@ def measure_config(name, s, network, where, peak):
     """A GPU's share of a step of this run, in three versions -> images per second of the compiled one"""
     share = s["batch_size"] // gpus
     micro = min(s["micro_batch_size"], share)
-    if where.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     torch.manual_seed(0)
     net = MicroDiT(network).to(where)
     optimizer = torch.optim.AdamW(net.parameters(), 1e-5, weight_decay=s["weight_decay"], fused=True)
@@ -275,11 +274,24 @@ def measure_config(name, s, network, where, peak):
         with one_hot_dispatch():
             forward_backward(net)
 
-    forward_backward(compiled)
-    update()
-    time_of = medians({"compiled": lambda: forward_backward(compiled), "eager": lambda: forward_backward(net),
-                       "eager, one-hot": one_hot}, where)
-    forward_backward(compiled)
+    most = "not measured"
+    if where.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):  # compiles, and makes the optimizer's state
+        forward_backward(compiled)
+        update()
+    if where.type == "cuda":
+        most = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+    versions = {"compiled": lambda: forward_backward(compiled), "eager": lambda: forward_backward(net),
+                "eager, one-hot": one_hot}
+    for version, function in list(versions.items()):
+        try:
+            function()
+        except torch.cuda.OutOfMemoryError:
+            print(f"  {name:18} {version:15} out of memory with {micro} pictures")
+            del versions[version]
+    time_of = medians(versions, where)
     optimizing = medians({"optimizer": lambda: (forward_backward(compiled), update())}, where)["optimizer"][0]
     optimizing = max(0.0, optimizing - time_of["compiled"][0])
     useful = 3 * forward_flops(network, s["mask_ratio"])
@@ -289,8 +301,7 @@ def measure_config(name, s, network, where, peak):
         rates[version] = share / step
         print(f"  {name:18} {version:15} {step:7.3f} s a step of {share} ({low:.3f} to {high:.3f} s for {micro}), "
               f"{share / step:6,.0f} images/s, MFU {100 * useful * share / step / peak:.1f} %")
-    most = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if where.type == "cuda" else "not measured"
-    print(f"    optimizer {optimizing:.3f} s of it; most memory {most}; time of the eager version: "
+    print(f"    optimizer {optimizing:.3f} s of it; most memory (compiled) {most}; time of the eager version: "
           + percentages(time_shares(net, lambda: forward_backward(net), where)))
     if profile:
         with torch.profiler.profile() as recorded:
@@ -411,7 +422,12 @@ def main():
         peak = peak_flops(where) or H100
         print(f"{torch.cuda.get_device_name(where)}, torch {torch.__version__}: peak {peak / 1e12:,.1f} TFLOP/s by its "
               f"datasheet, {matmul_rate(where, torch.bfloat16, 8192) / 1e12:,.1f} on bf16 matrix products of 8192")
-        rates = {name: measure_config(name, s, network, where, peak) for name, s, network in runs}
+        for name, s, network in runs:
+            try:
+                rates[name] = measure_config(name, s, network, where, peak)
+            except torch.cuda.OutOfMemoryError:
+                print(f"  {name}: out of memory; try a smaller micro_batch_size in a copy of the config")
+            torch.cuda.empty_cache()
     else:
         measure_here(where)
     print_recipe(runs, rates)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 FORMAT = "nanomicrodit-dataset-1"
+OPEN_FILES = 512  # at a time, of the many thousand that shards may be; about half of what systems allow a process
 BLOCK = 32  # neighbouring numbers of an int8 caption embedding that share a scale
 
 
@@ -136,13 +137,13 @@ class Array:
 
     def read(self, row, out):
         """Fill out, an array of this shape, with a row"""
-        into = out.reshape(-1).view(np.uint8)
-        done = os.preadv(opened(self.path).fileno(), [into], self.offset + int(row) * self.size)
+        file = opened(self.path)  # held, as another thread may push it out of the cache, which closes it
+        done = os.preadv(file.fileno(), [out.reshape(-1).view(np.uint8)], self.offset + int(row) * self.size)
         if done != self.size:
             raise ValueError(f"{self.path} is cut short: row {row} gives {done} of {self.size} bytes")
 
 
-@functools.lru_cache(512)  # open files are few, shards may be many thousand
+@functools.lru_cache(OPEN_FILES)
 def opened(path):
     return open(path, "rb", buffering=0)
 

@@ -46,13 +46,15 @@ def peak_flops(device):
     return next((peak for key, peak in PEAKS.items() if key in name), None)
 
 
-def matmul_rate(device, dtype, size=2048, rounds=5):
-    """FLOP/s of square matrix products on this device, the fastest of a few"""
+def matmul_rate(device, dtype, size=0, rounds=5):
+    """FLOP/s of square matrix products on this device, the fastest of a few; size 0: one that keeps the device busy"""
+    size, products = (size or 8192, 10) if device.type == "cuda" else (size or 2048, 1)
     a = torch.randn(size, size, device=device).to(dtype)
     best = float("inf")
     for _ in range(rounds):
         started = time.perf_counter()
-        b = a @ a
+        for _ in range(products):
+            b = a @ a
         b[0, 0].item()  # waits for the device
         best = min(best, time.perf_counter() - started)
-    return 2 * size ** 3 / best
+    return products * 2 * size ** 3 / best

@@ -6,7 +6,8 @@ Prepared data -> checkpoints.
     torchrun --nproc_per_node=8 train.py config/small.py             # one process per GPU (or CPU)
 
 Everything random about a step is a function of (seed, step, index of the micro-batch in the global batch): the number
-of processes does not matter, and a run that is started again goes on bit by bit as if it had never stopped.
+of processes does not matter, and a run that is started again goes on as if it had never stopped, on a CPU bit by bit
+(GPUs add up in changing order).
 """
 from configurator import configure, read_config
 from machine import exit_with_launcher
@@ -88,6 +89,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, fields
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -309,7 +311,8 @@ class Trainer:
                 opt.step()
             elif not bad.item():  # its AdamW does not know found_inf
                 opt.step()
-            opt.zero_grad()
+            # DDP's gradients are views of its buckets: set to None, they would be made anew beside them
+            opt.zero_grad(set_to_none=not dist.is_initialized())
         self.step += 1
         self.update_ema(bad)
 
@@ -394,7 +397,8 @@ class Log:
 
 class Stop:
     """SIGTERM or SIGINT, noticed by all processes at the end of the same step: each tells the others at the end of
-    every step, without waiting, and reads what was said a step before. A second signal kills at once.
+    every step, without waiting, and reads what was said a step before. A second Ctrl-C ends it at once; SIGTERM may
+    come twice, as schedulers send it to all processes and torchrun passes its own on.
     """
 
     def __init__(self, world):
@@ -405,7 +409,8 @@ class Stop:
 
     def handle(self, number, frame):
         self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
 
     def agreed(self):
         """The signal that a process got, or 0; to be called once a step"""
@@ -424,7 +429,7 @@ class Meter:
     """images/s, FLOPs and hours left between two log lines, of training alone"""
 
     def __init__(self, trainer, where, half, world):
-        self.trainer, self.world, self.left = trainer, world, 0.0
+        self.trainer, self.world, self.training, self.pauses = trainer, world, 0.0, 0.0
         config = trainer.net.config
         self.flops = {masked: 3 * forward_flops(config, mask_ratio if masked else 0.0) for masked in (True, False)}
         self.peak = peak_flops(where)
@@ -439,6 +444,7 @@ class Meter:
         began = time.time()
         yield
         self.started += time.time() - began
+        self.pauses += time.time() - began
 
     def read(self):
         """{images_per_s, mfu, eta_s} of the steps since restart(). MFU is against the datasheet's dense bf16 peak of
@@ -453,6 +459,8 @@ class Meter:
         masked_left = max(0, max_steps - unmasked_steps - self.trainer.step) if mask_ratio else 0
         unmasked_left = max_steps - self.trainer.step - masked_left
         eta = per_flop * batch_size * (masked_left * self.flops[True] + unmasked_left * self.flops[False])
+        self.training += seconds
+        eta *= 1 + self.pauses / self.training  # validation, pictures and checkpoints will go on taking their share
         return {"images_per_s": rate, "mfu": mfu, "eta_s": eta}
 
 
@@ -546,8 +554,10 @@ def main():
     if resume:
         trainer.load(resume)
     if world > 1:
-        dist.init_process_group("nccl" if where.type == "cuda" else "gloo", store=shared_store(), rank=rank,
-                                world_size=world)
+        on_gpu = where.type == "cuda"
+        dist.init_process_group("nccl" if on_gpu else "gloo", store=shared_store(), rank=rank, world_size=world,
+                                timeout=timedelta(hours=1),  # a large checkpoint on a slow disk takes its time
+                                device_id=where if on_gpu else None)
     stop, meter = Stop(world), Meter(trainer, where, half, world)
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -558,13 +568,10 @@ def main():
             print(f"MFU is against {meter.measured / 1e9:,.0f} GFLOP/s, measured on matrix products just now")
         if not init_from and not resume and wants_init():
             print(f"warning: from scratch, as --init_from is empty: {wants_init()} was meant", file=sys.stderr)
-    try:
-        ended_by = train(trainer, folder, train_set, rows, val_set, val_rows, where, autocast, stop, meter, rank, world)
-        if world > 1:
-            dist.barrier(stop.group)  # who leaves first would have the others ended before their checkpoint is written
-    finally:
-        if world > 1:
-            dist.destroy_process_group()
+    ended_by = train(trainer, folder, train_set, rows, val_set, val_rows, where, autocast, stop, meter, rank, world)
+    if world > 1:
+        dist.barrier(stop.group)  # who leaves first would have the others ended before their checkpoint is written
+        dist.destroy_process_group()
     if ended_by:
         if rank == 0:
             print(f"stopped by {signal.Signals(ended_by).name}. The same command goes on from {folder}", flush=True)
@@ -581,11 +588,15 @@ def wants_init():
 def train(trainer, folder, train_set, rows, val_set, val_rows, where, autocast, stop, meter, rank, world):
     """Train to max_steps, or until a signal, which is then returned"""
     log = Log(folder, trainer.step, rank == 0)
-    vae = load_vae(train_set.info["vae"]["name"], where, scaling_factor=train_set.info["vae"]["scaling_factor"])
+    if rank == 0 and sample_every:
+        vae = load_vae(train_set.info["vae"]["name"], where, scaling_factor=train_set.info["vae"]["scaling_factor"])
     net, one = trainer.net, trainer.net
     if world > 1:
-        net = one = torch.nn.parallel.DistributedDataParallel(trainer.net, gradient_as_bucket_view=True)
-    if compile:  # around DDP, which then splits the graph, so that gradients are reduced during the backward pass
+        # around DDP, torch.compile splits the graph at its buckets, so that gradients are reduced during the backward
+        # pass; with large buckets, as every cut is a graph more (XL/2: about ten, with DDP's 25 MB some hundred)
+        net = one = torch.nn.parallel.DistributedDataParallel(trainer.net, gradient_as_bucket_view=True,
+                                                              broadcast_buffers=False, bucket_cap_mb=512)
+    if compile:
         net = torch.compile(one)
     micros = batch_size // micro_batch_size
     mine = range(rank, micros, world)
@@ -608,6 +619,7 @@ def train(trainer, folder, train_set, rows, val_set, val_rows, where, autocast, 
         step, ended_by = trainer.step, stop.agreed()
 
         done = step == max_steps
+        ended_by = 0 if done else ended_by
         if step % log_every == 0 or done or ended_by or step == first_step + 1:
             report(trainer, log, meter, lr, masked, where, world)
         with meter.paused():  # images/s counts training alone

@@ -18,3 +18,4 @@ micro_batch_size = 128
 max_steps = 60_000
 unmasked_steps = 12_000
 eval_every = 2000
+checkpoint_every = 2000

@@ -15,3 +15,4 @@ mask_ratio = 0.0
 learning_rate = 8e-5
 warmup_steps = 0
 schedule = "constant"
+checkpoint_every = 2000

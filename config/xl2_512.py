@@ -22,3 +22,4 @@ p_mean = 0.0
 p_std = 0.6
 ema_decay = 0.99975
 ema_start = 25_000
+checkpoint_every = 2000     # 19 GB each, with the average

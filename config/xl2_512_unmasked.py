@@ -15,3 +15,4 @@ mask_ratio = 0.0
 warmup_steps = 0
 ema_decay = 0.9975
 ema_start = 1000
+checkpoint_every = 500
