@@ -387,6 +387,8 @@ def measure_loader(folder):
     print(f"{folder}: {len(info):,} rows of {one / 1000:.1f} kB, 256 at a time; medians of {rounds}")
     for state in ("page cache", "disk"):
         rates = {name: [] for name in ways}
+        for path in files if state == "page cache" else ():
+            path.read_bytes()
         for i in range(rounds + 1):
             for name, way in ways.items():
                 if state == "disk":
