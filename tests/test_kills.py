@@ -73,10 +73,10 @@ def survive(args, kills, within, finished, log, rng):
         process = start(args, log)
         time.sleep(rng.uniform(*within))
         if process.poll() is None:
-            hits += 1
-            # all at once; the launcher alone, whose processes must not live on; or one of its processes
+            # the launcher alone, whose processes must not live on; all at once; or one of its processes
             alive = processes(args[-1])
-            for pid in rng.choice((alive, [process.pid], alive[-1:])):
+            hits += 1
+            for pid in ([process.pid], alive, alive[-1:])[hits % 3 - 1]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         process.wait()
