@@ -286,6 +286,8 @@ def sample(label, files):
     belongs to the picture NAME.png, or where there is none, to all (0.txt to 0.left.png and 0.right.png).
     """
     pictures = [name for name in files if is_picture(name)]
+    if not pictures:  # none that could be read
+        return []
     folder, slash, base = next(iter(files)).rpartition("/")
     start = folder + slash + base.partition(".")[0]
     plain = [name for name in pictures if name.rpartition(".")[0] == start]

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-DEFAULT = "apple/DFN5B-CLIP-ViT-H-14-378"
 QUICK_GELU = ("apple/dfn", "openai/clip")  # models that were trained with x * sigmoid(1.702 x)
 T5_LENGTH = 120
 

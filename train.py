@@ -81,6 +81,7 @@ if __name__ == "__main__":
 
 import contextlib
 import copy
+import importlib.util
 import json
 import math
 import os
@@ -160,6 +161,8 @@ def check_settings(world):
                           ("optimizer", ("adamw", "muon"))):
         if globals()[name] not in options:
             raise ValueError(f"{name} is '{globals()[name]}': it must be {' or '.join(options)}")
+    if wandb and not importlib.util.find_spec("wandb"):
+        raise ValueError("--wandb needs Weights & Biases: pip install wandb")
     for name in ("mask_ratio", "caption_dropout", "ema_decay"):
         if not 0 <= globals()[name] < 1:
             raise ValueError(f"{name} is {globals()[name]}: it must be at least 0 and below 1")
@@ -379,10 +382,7 @@ class Log:
             kept = "".join(line for line in lines if json.loads(line)["step"] <= step) if step else ""
             write_atomic(self.path, lambda file: file.write(kept.encode()))
         if wandb:
-            try:
-                import wandb as client
-            except ImportError:
-                raise ValueError("--wandb needs Weights & Biases: pip install wandb") from None
+            import wandb as client
             self.wandb = client.init(project=wandb, name=Path(folder).name, id=Path(folder).name, resume="allow",
                                      dir=str(folder), config=settings)
 

@@ -2,8 +2,8 @@
 How fast prepare_latents.py is on this machine with models of the published sizes, which stage limits it, and what that
 makes for the paper's 37 million pictures on 8 such GPUs.
 
-    python docs/prepare_speed.py                         # one process; on a GPU, raise --pictures to 4000
-    torchrun does not take it: start it once, with --processes 8 for 8 GPUs
+    python docs/prepare_speed.py                                    # one process; on a GPU, with --pictures 4000
+    python docs/prepare_speed.py --processes 8 --pictures 20000     # 8 GPUs (it starts the processes itself)
 
 The weights are random (they take as long as real ones), the pictures JPEGs of 1500 x 2000 as in SA-1B.
 """

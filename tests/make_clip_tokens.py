@@ -1,11 +1,11 @@
 """
-Makes tests/data/clip_tokens.json: captions, open_clip's token ids of them, and as much of CLIP's vocabulary as they need.
+Makes tests/data/clip_tokens.json: captions, open_clip's token ids of them, and what of CLIP's vocabulary they need.
 
     pip install --no-deps --target open_clip open_clip_torch==3.3.0 && pip install ftfy regex
     python tests/make_clip_tokens.py open_clip tests/data/clip_tokens.json
 
 open_clip itself cannot be a test requirement, as it needs torchvision. Of the 48,894 merges only those are kept that a
-caption used: byte pair encoding takes the earliest merge that applies, so the captions come out the same without the rest.
+caption used: byte pair encoding takes the earliest merge that applies, so captions come out the same without the rest.
 """
 
 import gzip
@@ -16,8 +16,10 @@ import sys
 from pathlib import Path
 
 PLAIN = [
-    "a photo of a cat", "dog barking", "A PHOTO OF A CAT.", "", " ", "!", "!!", "wow!", "wow !", "Wow!!! What a view!!!!",
-    "it's a dog's life", "they're here; we've gone, I'd say he'll stay and I'm fine", "it’s curly", "“quoted” and ‘single’",
+    "a photo of a cat", "dog barking", "A PHOTO OF A CAT.", "", " ", "!", "!!", "wow!", "wow !",
+    "Wow!!! What a view!!!!",
+    "it's a dog's life", "they're here; we've gone, I'd say he'll stay and I'm fine", "it’s curly",
+    "“quoted” and ‘single’",
     "don`t", "a—b – c - d", "50% off!!", "$100 & £20 and €5", "C++ / C# @home #1", "(parentheses) [brackets] {braces}",
     "semi;colon:and,comma.", "...", "…", "a...b", "under_score and snake_case", "e-mail: someone@example.com",
     "https://example.com/a?b=c&d=e", "1234567890", "3.14159 and 2,718", "12:30 p.m.", "1/2 of 3x4", "x²+y²=z²", "½ cup",

@@ -158,6 +158,11 @@ def pair(name):
     return [(f"{name}.png", PNG), (f"{name}.txt", name.encode())]
 
 
+def damaged_first(data):
+    """A zip whose first file, alone under its name, is damaged"""
+    return data[:200] + bytes(64) + data[264:]
+
+
 def encrypted(data):
     """A zip whose first file claims to be encrypted"""
     return data.replace(b"PK\x03\x04\x14\0\0\0", b"PK\x03\x04\x14\0\x01\0", 1).replace(
@@ -202,6 +207,7 @@ def test_archives_of_every_kind(script, tmp_path):
         "dots.zip": zip_bytes(pair("photo") + pair("photo.2") + pair("x 7.5")),
         "deep.tar": tar_bytes([("a.png", PNG), ("a.json", b"[" * 100_000)] + pair("b")),
         "deep.zip": zip_bytes([("part-9.json", b"[" * 100_000)] + pair("b")),
+        "lone.zip": damaged_first(zip_bytes([("a.png", PNG), ("b.png", PNG), ("part.json", b'{"b.png": {"p": "b"}}')])),
         "no pictures.zip": zip_bytes([("readme.txt", b"x"), ("inner.zip", zip_bytes(two))]),
     }
     for name, content in files.items():
@@ -222,7 +228,7 @@ def test_archives_of_every_kind(script, tmp_path):
         "encrypted.zip": {"second.png": "second"}, "zeroed header.tar": first, "two in one.tar": both,
         "incomplete.tar": first, "twice.tar": {"a.png": "a"}, "twice.zip": {"a.png": "a"}, "size.tar": first,
         "dots.zip": {"photo.png": "photo", "photo.2.png": "photo.2", "x 7.5.png": "x 7.5"},
-        "deep.tar": {"b.png": "b"}, "deep.zip": {"b.png": "b"},
+        "lone.zip": {"b.png": "b"}, "deep.tar": {"b.png": "b"}, "deep.zip": {"b.png": "b"},
     }  # fmt: skip
     reasons = {
         "cut in a file.tar": "breaks off here: unexpected end of data", "cut in a header.tar": "breaks off here: truncated",
@@ -234,7 +240,7 @@ def test_archives_of_every_kind(script, tmp_path):
         "cut in a file.tar/second.png": "cut off", "cut.tgz/third.png": "cut off", "links.tar/link.png": "a link",
         "zeroed header.tar": "breaks off here: ", "twice.tar": "a.png is there twice",
         "twice.zip": "a.png is there 2 times", "size.tar": "breaks off here", "incomplete.tar": "bytes are zeros",
-        "deep.tar/a.png": "no caption", "deep.zip": "part-9.json cannot be read",
+        "lone.zip": "a.png cannot be read", "deep.tar/a.png": "no caption", "deep.zip": "part-9.json cannot be read",
     }  # fmt: skip
     assert skipped.keys() == reasons.keys()
     for name, words in reasons.items():

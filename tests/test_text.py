@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel
 
 import encoders
+import released
 import text
 
 DATA = json.loads((Path(__file__).parent / "data/clip_tokens.json").read_text())
@@ -102,7 +103,7 @@ def test_the_wrong_activation_is_refused(tmp_path):
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"quick_gelu": True}}))
     with pytest.raises(ValueError, match="hidden_act gelu"):
         text.load(tmp_path)
-    assert text.needs_quick_gelu(text.DEFAULT)
+    assert text.needs_quick_gelu(released.TEXT_ENCODER)
 
 
 def test_t5_masks_the_padding_and_keeps_120_tokens(tmp_path):
