@@ -86,11 +86,14 @@ def one_hot_dispatch():
 # Arithmetic
 
 
-def run_of(path):
-    """(name, settings, network) of a config file, with train.py's defaults and what its data say, if they are there"""
+def run_of(path, more=None):
+    """(name, settings, network) of a config file, with train.py's defaults and what its data say, if they are there.
+
+    more: {setting: value} that the command line of train.py would change.
+    """
     source = Path(train.__file__).read_text(encoding="utf-8")
     defaults = {name: getattr(train, name) for name in setting_names(source)}
-    found = defaults | read_config(path, defaults)
+    found = defaults | read_config(path, defaults) | (more or {})
     network = {f.name: found[f.name] for f in fields(MicroDiTConfig) if f.name in found}
     with contextlib.suppress(ValueError):
         info = read_info(min_side(found["data"][0])[0])

@@ -30,6 +30,7 @@ from pathlib import Path
 
 import sample
 import shapes
+from dataset import write_atomic
 
 
 def main():
@@ -56,7 +57,7 @@ def main():
             Path(out).parent.mkdir(parents=True, exist_ok=True)
             sample.picture_grid(images[:64], 8, 64).save(Path(out).with_suffix(".unseen.png" if held_out else ".png"))
     if out:
-        Path(out).write_text(json.dumps(report, indent=1) + "\n")
+        write_atomic(out, lambda file: file.write((json.dumps(report, indent=1) + "\n").encode()))
 
 
 if __name__ == "__main__":

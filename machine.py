@@ -44,8 +44,9 @@ def exit_with_parent():
 
 
 def exit_with_launcher():
-    """Of a process of torchrun: a killed launcher would leave it behind, to write into the folder of the next run."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    """Of a process of torchrun or masking.py: a killed launcher would leave it behind, to write into the folder of the
+    next run."""
+    if {"TORCHELASTIC_RUN_ID", "EXIT_WITH_PARENT"} & os.environ.keys():
         exit_with_parent()
 
 

@@ -1,0 +1,76 @@
+"""
+Lines as a PNG, with Pillow alone.
+"""
+import math
+
+from PIL import Image, ImageDraw, ImageFont
+
+COLORS = ("#1f4ed8", "#d8401f", "#1f9d55", "#7a1fd8", "#c98a00", "#108fa3", "#d81f8c", "#555555")
+SIZE, LEFT, RIGHT, TOP, BOTTOM = (760, 440), 74, 24, 40, 52
+
+
+def ticks(low, high, log):
+    """Round numbers from low to high, some five of them"""
+    if log and high / low > 2:
+        around = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        found = [m * 10.0 ** e for e in around for m in ((1, 2, 3, 5, 7) if high / low < 30 else (1, 2, 5))]
+    else:
+        step = 10.0 ** math.floor(math.log10((high - low) / 4))
+        step *= min((1, 2, 5, 10), key=lambda m: abs((high - low) / (m * step) - 5))
+        found = [step * n for n in range(math.floor(low / step), math.ceil(high / step) + 1)]
+    return [t for t in found if low <= t <= high]
+
+
+def axis(values, log):
+    """(low, high, function from a value to [0, 1])"""
+    low, high = min(values), max(values)
+    if log:
+        low, high = low / 1.03, high * 1.03
+        return low, high, lambda v: math.log(v / low) / math.log(high / low)
+    margin = 0.04 * (high - low) or abs(high) or 1.0
+    low, high = low - margin, high + margin
+    return low, high, lambda v: (v - low) / (high - low)
+
+
+def plot(path, lines, x_label, y_label, title="", log=False, labels=None):
+    """Draw {name: [(x, y), or (x, y, lowest, highest) for a band]}; log: y logarithmic; labels {name: a text a point}.
+
+    ValueError where there is no point to draw, or one that is not finite (or with log not above 0).
+    """
+    xs = [p[0] for points in lines.values() for p in points]
+    ys = [v for line in lines.values() for p in line for v in p[1:]]
+    if not ys or not all(map(math.isfinite, xs + ys)) or log and min(ys) <= 0:
+        raise ValueError(f"{path}: there is nothing to plot, or a number that has no place on the axis, in {lines}")
+    x_low, x_high, fx = axis(xs, False)
+    y_low, y_high, fy = axis(ys, log)
+    width, height = SIZE
+
+    def xy(x, y):
+        return LEFT + fx(x) * (width - LEFT - RIGHT), height - BOTTOM - fy(y) * (height - TOP - BOTTOM)
+    image = Image.new("RGB", SIZE, "white")
+    draw, font = ImageDraw.Draw(image, "RGBA"), ImageFont.load_default(13)
+    for value in ticks(y_low, y_high, log):
+        y = xy(x_low, value)[1]
+        draw.line((LEFT, y, width - RIGHT, y), "#e2e2e2")
+        draw.text((LEFT - 8, y), f"{value:g}"[:7], "black", font, anchor="rm")
+    for value in ticks(x_low, x_high, False):
+        x = xy(value, y_low)[0]
+        draw.line((x, height - BOTTOM, x, height - BOTTOM + 4), "black")
+        draw.text((x, height - BOTTOM + 8), f"{value:g}"[:7], "black", font, anchor="mt")
+    draw.line((LEFT, TOP, LEFT, height - BOTTOM, width - RIGHT, height - BOTTOM), "black")
+    draw.text(((LEFT + width - RIGHT) / 2, height - 8), x_label, "black", font, anchor="ms")
+    draw.text((8, 8), y_label + (" (logarithmic)" if log else ""), "black", font)
+    draw.text((width - RIGHT, 8), title, "black", font, anchor="ra")
+    for n, (name, points) in enumerate(lines.items()):
+        color = COLORS[n % len(COLORS)]
+        if len(points[0]) == 4:
+            draw.polygon([xy(p[0], p[2]) for p in points] + [xy(p[0], p[3]) for p in points[::-1]], color + "30")
+        draw.line([xy(*p[:2]) for p in points], color, 3)
+        if len(points) <= 12:
+            for i, p in enumerate(points):
+                x, y = xy(*p[:2])
+                draw.ellipse((x - 4, y - 4, x + 4, y + 4), color)
+                if labels:
+                    draw.text((x + 7, y - 7), labels[name][i], color, font, anchor="ls")
+        draw.text((width - RIGHT - 8, TOP + 4 + 17 * n), name, color, font, anchor="ra")
+    image.save(path)
