@@ -1,0 +1,143 @@
+"""
+Makes tests/data/inception_values.npz: features that pytorch-fid and torch-fidelity give with random weights, and pixels
+that clean-fid and torch-fidelity resize.
+
+    pip install --no-deps --target pf pytorch-fid==0.3.0 && pip install --no-deps --target tv torchvision==0.29.2
+    pip install --no-deps --target cf clean-fid==0.1.35 && pip install --no-deps --target tf torch-fidelity==0.4.0
+    python tests/make_inception_values.py pf tv cf tf tests/data/inception_values.npz
+
+with torch 2.13.0 and pillow 13.0.0. None of them is a test requirement: all need torchvision, of which only the Python
+file of InceptionV3 is run here.
+"""
+
+import importlib
+import sys
+import tempfile
+import types
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+SEED = 7
+SIZES = [(299, 299), (64, 48), (331, 360)]  # height, width: as it is, smaller, larger
+KEPT = 1000  # values of each resized picture that are compared
+
+
+def random_state(shapes, seed=SEED):
+    """Random weights by name, from {name: shape}: features of about 1 that differ between pictures.
+
+    From numpy's legacy generator, whose stream never changes, in the names' order.
+    """
+    rng, state = np.random.RandomState(seed), {}
+    for name in sorted(shapes):
+        shape = tuple(shapes[name])
+        if name.endswith("num_batches_tracked"):
+            state[name] = torch.from_numpy(np.array(rng.randint(1, 1000), np.int64))
+            continue
+        values = rng.standard_normal(shape)
+        if len(shape) == 4:  # of the kind of He's initialisation
+            values *= (2 / np.prod(shape[1:])) ** 0.5
+        elif name.endswith("running_var"):  # small enough for an epsilon of 1e-3 to show
+            values = 0.3 * np.exp(0.3 * values)
+        elif name.endswith("bn.weight"):
+            values = 0.5 * np.exp(0.3 * values)
+        else:
+            values *= 0.2
+        state[name] = torch.from_numpy(values).float()
+    return state
+
+
+def pictures():
+    """uint8 (H,W,3): random squares of random colours under noise"""
+    rng, made = np.random.RandomState(SEED), []
+    for height, width in SIZES:
+        coarse = np.kron(rng.randint(0, 256, (12, 12, 3)), np.ones((31, 31, 1)))[:height, :width]
+        made.append((coarse + rng.randint(-60, 61, coarse.shape)).clip(0, 255).astype(np.uint8))
+    return made
+
+
+def kept():
+    """Which values of a flat (3,299,299) are stored"""
+    return np.sort(np.random.RandomState(SEED).choice(3 * 299 * 299, KEPT, replace=False))
+
+
+def package(name, **content):
+    """A stand-in for a package, which is not run"""
+    module = types.ModuleType(name)
+    vars(module).update(content)
+    sys.modules[name] = module
+    parent, _, last = name.rpartition(".")
+    if parent:
+        setattr(sys.modules[parent], last, module)
+    return module
+
+
+def load_torchvision(folder):
+    """torchvision.models.inception without torchvision's compiled parts; its networks take random weights"""
+    root = Path(folder) / "torchvision"
+    package("torchvision", __path__=[str(root)], __version__="0.29.2")
+    package("torchvision.utils", _log_api_usage_once=lambda _: None)
+    package("torchvision.transforms", __path__=[])
+    package("torchvision.transforms._presets", ImageClassification=object)
+    models = package("torchvision.models", __path__=[str(root / "models")])
+    inception = importlib.import_module("torchvision.models.inception")
+    models.inception_v3 = inception.inception_v3
+
+    def fill(self, _):
+        shapes = {n: t.shape for n, t in self.state_dict().items()}
+        return torch.nn.Module.load_state_dict(self, random_state(shapes))
+
+    inception.Inception3.load_state_dict = fill
+
+
+@torch.no_grad()
+def pytorch_fid(folder):
+    """(features (n,2048), state dict): pytorch-fid's resizing and network"""
+    sys.path.insert(0, folder)
+    module = importlib.import_module("pytorch_fid.inception")
+    module.load_state_dict_from_url = lambda *_, **__: {}
+    build, built = module.fid_inception_v3, []
+    module.fid_inception_v3 = lambda: built.append(build()) or built[0]
+    net = module.InceptionV3().eval()
+    inputs = [torch.from_numpy(p).permute(2, 0, 1).contiguous()[None].float() / 255 for p in pictures()]
+    return torch.cat([net(x)[0][:, :, 0, 0] for x in inputs]).numpy(), built[0].state_dict()
+
+
+@torch.no_grad()
+def torch_fidelity(folder, state):
+    """(features (n,2048), pixels (n,KEPT) in [0,255]): torch-fidelity's resizing and network"""
+    package("torch_fidelity", __path__=[str(Path(folder) / "torch_fidelity")])
+    module = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
+    with tempfile.TemporaryDirectory() as scratch:
+        torch.save(state, f"{scratch}/random.pth")
+        net = module.FeatureExtractorInceptionV3("random", ["2048"], f"{scratch}/random.pth")
+    inputs = [torch.from_numpy(p).permute(2, 0, 1).contiguous()[None] for p in pictures()]
+    resize = module.interpolate_bilinear_2d_like_tensorflow1x
+    pixels = [resize(x.float(), size=(299, 299), align_corners=False).flatten()[kept()] for x in inputs]
+    return torch.cat([net(x)[0] for x in inputs]).numpy(), torch.stack(pixels).numpy()
+
+
+def clean_fid(folder):
+    """pixels (n,KEPT) in [0,255] as clean-fid resizes them"""
+    package("cleanfid", __path__=[str(Path(folder) / "cleanfid")])
+    module = importlib.import_module("cleanfid.resize")
+    resize = module.build_resizer("clean")
+    return np.stack([np.moveaxis(resize(p), 2, 0).ravel()[kept()] for p in pictures()])
+
+
+def main(pf, tv, cf, tf, out):
+    load_torchvision(tv)
+    features, state = pytorch_fid(pf)
+    fidelity, tensorflow = torch_fidelity(tf, state)
+    data = {"pytorch_fid": features, "torch_fidelity": fidelity, "tensorflow": tensorflow, "clean": clean_fid(cf)}
+    np.savez_compressed(out, **data)
+    print(f"torch {torch.__version__}, pillow {Image.__version__}, {Path(out).stat().st_size:,} bytes")
+    for name, values in data.items():
+        spread = values.std(0).mean()
+        print(f"{name}: {values.shape} mean {values.mean():.4f} std {values.std():.4f} across pictures {spread:.4f}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
