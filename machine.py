@@ -9,14 +9,16 @@ from pathlib import Path
 
 
 def pick_device(name):
-    """torch.device of "cuda", "mps", "cpu" or "auto" (or None), the best there is; ValueError if it is not there."""
+    """torch.device of "cuda", "mps", "cpu" or "auto" (or None), the best there is; ValueError if it is not there.
+
+    Of several GPUs each process of torchrun has its own.
+    """
     import torch  # not above: what else is here is wanted before torch, or without it
     there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    if name in (None, "auto"):
-        return torch.device(there[0])
-    if str(name).partition(":")[0] not in there:
+    name = there[0] if name in (None, "auto") else str(name)
+    if name.partition(":")[0] not in there:
         raise ValueError(f"device is '{name}': this machine has {', '.join(there)}")
-    return torch.device(name)
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
 
 
 def keep_freed_memory():

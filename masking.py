@@ -24,6 +24,7 @@ parallel = 0                  # runs side by side; 0: one for each GPU, or for e
 if __name__ == "__main__":
     settings = configure(globals())
 
+import functools
 import json
 import os
 import statistics
@@ -64,6 +65,7 @@ def options(arm, seed):
     return {"data": data, "val_data": val_data, "seed": seed, **ARMS[arm][1]}
 
 
+@functools.cache
 def step_flops(arm):
     """FLOPs of a training step, {masked: .., unmasked: .., step: of the two the one that the arm takes}"""
     _, found, network = run_of(CONFIG, options(arm, 0))
@@ -73,9 +75,9 @@ def step_flops(arm):
     return {"masked": masked, "unmasked": unmasked, "step": masked, "parameters": parameters(network)[0]}
 
 
-def equal_points(arm, tera=None):
+def equal_points(arm):
     """{"steps": step, "flops": step} at which an arm is compared"""
-    total = (tera or budget) * 1e12
+    total = budget * 1e12
     return {"steps": int(total / step_flops("unmasked")["step"]), "flops": int(total / step_flops(arm)["step"])}
 
 

@@ -415,7 +415,6 @@ def run(rank, world, store, pool):
             return
     where = pick_device(device)
     if where.type == "cuda":
-        where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(where)
     autoencoder = load_vae(vae, where, scaling_factor=scaling_factor or None)
     text = load_text_encoder(text_encoder, where)

@@ -4,16 +4,18 @@ Checkpoint + text -> pictures.
     python sample.py --prompt "a small red circle on a white background" "a large blue ring on a black background"
     python sample.py --prompts_file prompts.txt --checkpoint runs/tiny --steps 20 --sampler dpmpp_2m
     python sample.py --prompt "..." --checkpoint runs/a runs/b          # one row of the grid for each
+    torchrun --nproc_per_node=8 sample.py --prompts_file evaluation_metadata.jsonl --out geneval    # GenEval's folders
 
 From Python: model = sample.load("runs/tiny"); pictures = sample.generate(model, ["a small red circle ..."]).
 """
 from configurator import configure
+from machine import exit_with_launcher
 
 prompt = ()                   # one or more texts
-prompts_file = ""             # more of them, one a line
+prompts_file = ""             # more of them, one a line; or GenEval's .jsonl, whose folder layout is then written to `out`
 negative_prompt = ()          # what the pictures should not show: one text for all prompts, or one for each
 checkpoint = ()               # checkpoint files or run folders; empty: the newest run
-images_per_prompt = 1         # pictures of each prompt
+images_per_prompt = 0         # pictures of each prompt; 0: 1, or GenEval's 4
 out = "samples"               # folder of the pictures; nothing there is overwritten
 steps = 30                    # sampler steps
 guidance_scale = -1.0         # how strongly the prompt is followed; 1: half the work, no guidance; -1: as the run does
@@ -32,10 +34,12 @@ compile = False               # torch.compile: a minute at the start, faster pic
 
 if __name__ == "__main__":
     settings = configure(globals())
+    exit_with_launcher()
 
 import contextlib
 import json
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -175,9 +179,9 @@ def all_prompts():
     if len(negative_prompt) not in (0, 1, len(texts)):
         raise ValueError(f"{len(negative_prompt)} negative prompts for {len(texts)} prompts: give one for all, or one "
                          "for each")
-    repeat = [t for t in texts for _ in range(images_per_prompt)]
+    repeat = [t for t in texts for _ in range(images_per_prompt or 1)]
     negative = negative_prompt * len(texts) if len(negative_prompt) == 1 else negative_prompt
-    return repeat, [t for t in negative for _ in range(images_per_prompt)]
+    return repeat, [t for t in negative for _ in range(images_per_prompt or 1)]
 
 
 def warn_unknown_words(model, texts):
@@ -190,10 +194,35 @@ def warn_unknown_words(model, texts):
               f"{', '.join(model.words[:100])}{', ...' * (len(model.words) > 100)}", file=sys.stderr)
 
 
+def draw_geneval():
+    """GenEval's folder layout, by all processes of torchrun; stopped and started again, it goes on"""
+    import generated  # which imports this file
+    import geneval
+    if prompt or len(negative_prompt) > 1 or len(checkpoint) > 1:
+        raise ValueError("GenEval's prompts file goes with no --prompt, and with one --checkpoint and --negative_prompt at "
+                         "most")
+    prompts, (rank, world) = geneval.read_prompts(prompts_file), generated.processes()
+    model = load(next(iter(checkpoint), ""), device, ema, vae, text_encoder, dtype, offload, compile, scaling_factor)
+    jobs = [(name, prompts[i]["prompt"], seed + n)
+            for n, (name, i, _) in enumerate(geneval.folders(prompts, images_per_prompt or 4))]
+    how = {"guidance_scale": guidance_scale if guidance_scale >= 0 else model.guidance_scale, "steps": steps,
+           "sampler": sampler, "sigma_max": sigma_max, "negative_prompts": next(iter(negative_prompt), None)}
+    generated.open_folder(out, generated.describe(model, jobs, batch_size=batch_size, seed=seed, **how), jobs)
+    if rank == 0:
+        geneval.write_layout(out, prompts)
+    generated.fill(model, out, jobs, rank, world, batch_size, **how)
+    print(f"process {rank} of {world}: its share of {len(jobs):,} pictures is in {out}/. Score all with: python "
+          f"eval_geneval.py --images {out}")
+
+
 def main():
-    for name, least in (("images_per_prompt", 1), ("steps", 1), ("batch_size", 1)):
+    for name, least in (("images_per_prompt", 0), ("steps", 1), ("batch_size", 1)):
         if globals()[name] < least:
             raise ValueError(f"{name} is {globals()[name]}: it must be at least {least}")
+    if prompts_file.endswith(".jsonl"):
+        return draw_geneval()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("torchrun shares the pictures of GenEval's prompts file alone: start sample.py with python")
     texts, negative = all_prompts()
     models = [load(path, device, ema, vae, text_encoder, dtype, offload, compile, scaling_factor)
               for path in checkpoint or ("",)]

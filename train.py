@@ -536,7 +536,6 @@ def main():
 
     where = pick_device(device)
     if where.type == "cuda":
-        where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(where)
         torch.backends.cuda.matmul.allow_tf32 = True
     if where.type == "cpu":

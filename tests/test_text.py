@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import encoders
 import released
@@ -34,6 +35,24 @@ def write_clip(folder, **changes):
             p.add_(0.3 * torch.randn(p.shape))
     model.save_pretrained(folder)
     write_tokenizer(folder)
+    return model
+
+
+def write_clip_model(folder, seed=0, spread=0.1, **changes):
+    """A small random CLIP in the published format, with both towers, image processor and tokenizer"""
+    folder.mkdir(parents=True)
+    torch.manual_seed(seed)
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+              "image_size": 32, "patch_size": 8, "hidden_act": "quick_gelu"} | changes  # fmt: skip
+    model = CLIPModel(CLIPConfig(text_config=TOWER, vision_config=vision, projection_dim=16)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(spread * torch.randn(p.shape))
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
+    side = vision["image_size"]
+    sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    CLIPImageProcessorPil(**sizes).save_pretrained(folder)
     return model
 
 
