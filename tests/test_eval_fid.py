@@ -287,8 +287,9 @@ def test_settings_that_do_not_fit_are_refused(models, evaluate):
         ({"images": made, "resize": "bilinear", "reference": "x"}, "'bilinear' is none of clean"),
         ({"images": made, "reference": "nowhere"}, "no reference nowhere"),
         ({"images": ("nowhere",), "metrics": ("clip_score",)}, "no folder of pictures nowhere"),
-        ({"images": made, "reference": "x", "clip_fid": str(models / "made")}, "CLIP model .*made"),
-        ({"images": made, "reference": "x", "matched": True}, "matched needs --captions"),
+        ({"images": made, "reference": str(models / "real"), "metrics": ("clip_fid",), "clip_fid": str(models / "made")},
+         "CLIP model .*made"),
+        ({"images": made, "reference": str(models / "real"), "matched": True}, "matched needs --captions"),
         ({"checkpoint": str(models / "run"), "captions": "no.txt", "metrics": ("clip_score",)}, "no captions file no.txt"),
     ]:
         with pytest.raises(ValueError, match=message):

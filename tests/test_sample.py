@@ -178,3 +178,32 @@ def test_scores_of_the_drawn_set(script, runs, tmp_path):
     assert (
         "background" in printed and (tmp_path / "scores.png").exists() and (tmp_path / "scores.unseen.png").exists()
     )
+
+
+def test_genevals_layout_by_two_processes_and_again(script, runs, tmp_path):
+    metadata = [
+        {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a photo of a dog"},
+        {"tag": "counting", "include": [{"class": "cup", "count": 2}], "exclude": [{"class": "cup", "count": 3}],
+         "prompt": "a photo of two cups"},
+        {"tag": "colors", "include": [{"class": "car", "count": 1, "color": "red"}], "prompt": "a photo of a red car"},
+    ]  # fmt: skip
+    prompts = tmp_path / "evaluation_metadata.jsonl"
+    prompts.write_text("".join(json.dumps(m) + "\n" for m in metadata))
+    out = tmp_path / "geneval"
+    args = ("--prompts_file", prompts, "--checkpoint", runs / "run1", "--steps=2", "--batch_size=3", "--out", out)
+    printed = script("sample.py", *args, processes=2)
+    assert "eval_geneval.py --images" in printed
+    for i, m in enumerate(metadata):
+        folder = out / f"{i:05d}"
+        assert json.loads((folder / "metadata.jsonl").read_text()) == m
+        assert [p.name for p in sorted((folder / "samples").iterdir())] == [f"{k:04d}.png" for k in range(4)]
+        with Image.open(folder / "samples/0002.png") as image:
+            assert image.text["prompt"] == m["prompt"] and image.text["seed"] == str(2024 + 4 * i + 2)
+    before = {p: p.read_bytes() for p in out.rglob("*.png")}
+    assert len(before) == 12 and len(set(before.values())) == 12
+    (out / "00001/samples/0001.png").unlink()
+    script("sample.py", *args)
+    assert {p: p.read_bytes() for p in out.rglob("*.png")} == before
+    assert "steps: 2 there, 3 now" in script("sample.py", *args, "--steps=3", fails=True)
+    prompts.write_text(json.dumps(metadata[0] | {"tag": "colours"}) + "\n")
+    assert "line 1" in script("sample.py", *args, fails=True)
