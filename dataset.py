@@ -121,7 +121,7 @@ def check_same_encoders(info, folder, other, other_name):
 
 
 class Array:
-    """Rows of one .npy file, read with pread: from a disk, random rows come five times as fast as through a memory map"""
+    """Rows of one .npy file, read with pread: from a disk, random rows come five times as fast as by a memory map"""
 
     def __init__(self, path, rows, shape, dtype):
         self.path, self.shape, self.dtype = path, shape, np.dtype(dtype)

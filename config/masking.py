@@ -1,7 +1,7 @@
 """
-The network of the masking question (masking.py): 2.0 M parameters, the paper's shape in small. 75 % masked, a step costs
-38 % of an unmasked one (the paper's XL/2 at 256 px: 40 %). Its learning rate is constant, so that every moment of a run
-stands for a shorter run.
+The network of the masking question (masking.py): 2.0 M parameters, the paper's shape in small. 75 % masked, a step
+costs 38 % of an unmasked one (the paper's XL/2 at 256 px: 40 %). Its learning rate is constant, so that every moment of
+a run stands for a shorter run.
 
     python masking.py                     # trains all arms; one alone: python train.py config/masking.py
 """

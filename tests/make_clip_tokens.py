@@ -23,22 +23,31 @@ PLAIN = [
     "don`t", "a—b – c - d", "50% off!!", "$100 & £20 and €5", "C++ / C# @home #1", "(parentheses) [brackets] {braces}",
     "semi;colon:and,comma.", "...", "…", "a...b", "under_score and snake_case", "e-mail: someone@example.com",
     "https://example.com/a?b=c&d=e", "1234567890", "3.14159 and 2,718", "12:30 p.m.", "1/2 of 3x4", "x²+y²=z²", "½ cup",
-    "a &amp; b", "&lt;b&gt;bold&lt;/b&gt;", "tom &amp;amp; jerry", "&quot;quoted&quot;", "it&#39;s", "caf&eacute;", "&nbsp;x",
-    "<b>bold</b> & more", "5 < 6 and 7 > 4", "café", "cafe\u0301", "naïve façade über Ångström", "smörgåsbord", "crème brûlée",
-    "ＦＵＬＬ ｗｉｄｔｈ！", "ﬁne ﬂour eﬃcient", "ĳs", "日本の風景", "北京的天空", "서울의 밤", "привет мир", "مرحبا", "שלום",
-    "Ελλάδα", "नमस्ते", "สวัสดี", "😀", "a dog 🐶 and a cat 🐱!!", "👩‍👩‍👧‍👦 family", "🇫🇷 flag", "❤️ love", "thumbs 👍🏽 up",
-    "tab\tand\nnewline\r\nand  spaces", "  leading and trailing  ", "zero\u200bwidth", "non\u00a0breaking", "soft\u00adhyphen",
-    "bell\x07and\x00null", "\ufeffbom", "™ © ® ° § ¶ † ‡", "← ↑ → ↓", "α β γ δ", "∑ ∫ √ ∞ ≠", "ß ẞ straße", "İstanbul ı",
-    "O'Neill's Pub", "rock 'n' roll", "'tis the season", "the 1980s'", "''double single''", '"', "'", "\\ back / slash |",
+    "a &amp; b", "&lt;b&gt;bold&lt;/b&gt;", "tom &amp;amp; jerry", "&quot;quoted&quot;", "it&#39;s", "caf&eacute;",
+    "&nbsp;x",
+    "<b>bold</b> & more", "5 < 6 and 7 > 4", "café", "cafe\u0301", "naïve façade über Ångström", "smörgåsbord",
+    "crème brûlée",
+    "ＦＵＬＬ ｗｉｄｔｈ！", "ﬁne ﬂour eﬃcient", "ĳs", "日本の風景", "北京的天空", "서울의 밤", "привет мир", "مرحبا",
+    "שלום",
+    "Ελλάδα", "नमस्ते", "สวัสดี", "😀", "a dog 🐶 and a cat 🐱!!", "👩‍👩‍👧‍👦 family", "🇫🇷 flag", "❤️ love",
+    "thumbs 👍🏽 up",
+    "tab\tand\nnewline\r\nand  spaces", "  leading and trailing  ", "zero\u200bwidth", "non\u00a0breaking",
+    "soft\u00adhyphen",
+    "bell\x07and\x00null", "\ufeffbom", "™ © ® ° § ¶ † ‡", "← ↑ → ↓", "α β γ δ", "∑ ∫ √ ∞ ≠", "ß ẞ straße",
+    "İstanbul ı",
+    "O'Neill's Pub", "rock 'n' roll", "'tis the season", "the 1980s'", "''double single''", '"', "'",
+    "\\ back / slash |",
     "~tilde^caret=equals+plus", "supercalifragilisticexpialidocious", "pneumonoultramicroscopicsilicovolcanoconiosis",
     "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
     "! " * 100, "word " * 200, "🐶" * 60, "?!" * 50, "8k, uhd, ((masterpiece)), (best quality:1.2)", "--ar 16:9 --v 5",
     "by greg rutkowski, trending on artstation", "IMG_1234.JPG", "DSC00012", "<unknown>", "a\\nb",
 ]  # fmt: skip
-SUBJECTS = ["an astronaut", "two dogs", "the old lighthouse", "a bowl of ramen", "Times Square", "my grandmother's garden",
+SUBJECTS = ["an astronaut", "two dogs", "the old lighthouse", "a bowl of ramen", "Times Square",
+            "my grandmother's garden",
             "a vintage car", "several hot-air balloons", "an oil painting of Paris", "a close-up of a bee"]  # fmt: skip
 ENDINGS = [" riding a horse on the moon!", ", 35mm film, f/1.8", " in the rain…", " at sunset; golden hour.", " (2019)",
-           " – stock photo", " next to a “No Parking” sign", " & friends", " wearing sunglasses 😎", " in 4K"]  # fmt: skip
+           " – stock photo", " next to a “No Parking” sign", " & friends", " wearing sunglasses 😎",
+           " in 4K"]  # fmt: skip
 
 
 def captions():

@@ -8,11 +8,15 @@ import bench
 from flops import forward_flops, matmul_rate, parameters
 from model import MicroDiT, MicroDiTConfig
 
-SMALL = MicroDiTConfig(latent_size=8, dim=32, depth=4, head_dim=16, mlp_multiple=16, mixer_depth=2, mixer_dim=32, num_experts=2)
+SMALL = MicroDiTConfig(
+    latent_size=8, dim=32, depth=4, head_dim=16, mlp_multiple=16, mixer_depth=2, mixer_dim=32, num_experts=2
+)
 
 
 def test_arithmetic_of_the_four_phases(monkeypatch):
-    runs = [bench.run_of(f"config/{name}.py") for name in ("xl2_256", "xl2_256_unmasked", "xl2_512", "xl2_512_unmasked")]
+    runs = [
+        bench.run_of(f"config/{name}.py") for name in ("xl2_256", "xl2_256_unmasked", "xl2_512", "xl2_512_unmasked")
+    ]
     assert sum(bench.run_flops(s, network) for _, s, network in runs) == pytest.approx(3.285e20, rel=1e-3)
     for (_, s, network), mixer in zip(runs, (0.38, 0.15, 0.43, 0.15)):
         shares = bench.where_it_goes(network, s["mask_ratio"])
@@ -45,10 +49,19 @@ def test_masking_and_experts_count():
 def test_what_measures_a_gpu_runs(monkeypatch, capsys):
     for name, value in {"rounds": 1, "gpus": 1, "backend": "eager"}.items():
         monkeypatch.setattr(bench, name, value)
-    s = {"batch_size": 4, "micro_batch_size": 2, "mask_ratio": 0.5, "weight_decay": 0.1, "ema_decay": 0.9, "grad_clip": 1.0}
+    s = {
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "mask_ratio": 0.5,
+        "weight_decay": 0.1,
+        "ema_decay": 0.9,
+        "grad_clip": 1.0,
+    }
     rate = bench.measure_config("small", s, SMALL, torch.device("cpu"), 1e12)
     printed = capsys.readouterr().out
-    assert rate > 0 and all(word in printed for word in ("compiled", "eager, one-hot", "MFU", "optimizer", "patch mixer"))
+    assert rate > 0 and all(
+        word in printed for word in ("compiled", "eager, one-hot", "MFU", "optimizer", "patch mixer")
+    )
     monkeypatch.setattr(bench, "price", 2.0)
     run = {"max_steps": 1000, "batch_size": 36, "unmasked_steps": 0, "mask_ratio": 0.5}
     bench.print_recipe([("small", run, SMALL)], {"small": 10.0})

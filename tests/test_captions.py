@@ -1,4 +1,4 @@
-"""captions.py: the cleaner for captions from the web. (Captions files: tests/test_sources.py, tests/test_datasets.py.)"""
+"""captions.py: the cleaner for captions from the web. (Captions files: test_sources.py, test_datasets.py.)"""
 
 import pytest
 from hypothesis import given, settings

@@ -1,4 +1,4 @@
-"""The paper's four phases, each from the one before: the real configs, scaled down on the command line, two processes."""
+"""The paper's four phases, each from the one before: the real configs scaled down, two processes."""
 
 import json
 
@@ -9,8 +9,23 @@ from safetensors.torch import load_file
 
 import checkpoint
 
-WIDTHS = ("--dim=32", "--depth=2", "--head_dim=8", "--mlp_multiple=8", "--mixer_depth=1", "--mixer_dim=16", "--num_experts=2")
-SMALL = ("--batch_size=8", "--micro_batch_size=2", "--compile=false", "--log_every=1", "--eval_every=4", "--sample_every=0")
+WIDTHS = (
+    "--dim=32",
+    "--depth=2",
+    "--head_dim=8",
+    "--mlp_multiple=8",
+    "--mixer_depth=1",
+    "--mixer_dim=16",
+    "--num_experts=2",
+)
+SMALL = (
+    "--batch_size=8",
+    "--micro_batch_size=2",
+    "--compile=false",
+    "--log_every=1",
+    "--eval_every=4",
+    "--sample_every=0",
+)
 PHASES = ("xl2_256", "xl2_256_unmasked", "xl2_512", "xl2_512_unmasked")
 
 
@@ -18,8 +33,8 @@ PHASES = ("xl2_256", "xl2_256_unmasked", "xl2_512", "xl2_512_unmasked")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     for name, seed, n in (("a", 0, 60), ("b", 1000, 40), ("val", 5000, 10)):
-        launch("prepare_latents.py", f"--out={folder / name}", f"--limit={n}", f"--first_seed={seed}", "--resolutions", 16, 32,
-               "--shard_size=25")  # fmt: skip
+        launch("prepare_latents.py", f"--out={folder / name}", f"--limit={n}", f"--first_seed={seed}", "--resolutions",
+               16, 32, "--shard_size=25")  # fmt: skip
     # the drawn set has pictures of one size: let some of b be larger, as CC12M's are of any size
     for path in (folder / "b").glob("*.rows.jsonl"):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -35,8 +50,8 @@ def phase(script, data, tmp_path):
         sets = ("--data", data / "a", f"{data / 'b'}@512" if large else data / "b", "--val_data", data / "val")
         start = [f"--init_from={tmp_path / PHASES[PHASES.index(name) - 1]}"] if name != PHASES[0] else []
         return script("train.py", f"config/{name}.py", *sets, *WIDTHS, *SMALL, f"--latent_size={16 if large else 8}",
-                      f"--out={tmp_path / name}", *start, "--max_steps=4", "--checkpoint_every=2", "--ema_start=3", *args,
-                      fails=fails, processes=processes)  # fmt: skip
+                      f"--out={tmp_path / name}", *start, "--max_steps=4", "--checkpoint_every=2", "--ema_start=3",
+                      *args, fails=fails, processes=processes)  # fmt: skip
 
     return run
 
@@ -83,7 +98,9 @@ def test_a_phase_without_the_one_before_it(phase, script, data, tmp_path):
     message = phase("xl2_512", f"--init_from={tmp_path / 'xl2_256_unmasked'}", "--init_optimizer", "--optimizer=muon",
                     "--overwrite", processes=1, fails=True)  # fmt: skip
     assert "no state of the optimizer muon" in message
-    message = script("train.py", "config/xl2_256.py", "--data", data / "a", f"{data / 'b'}@9000", "--latent_size=8", fails=True)
+    message = script(
+        "train.py", "config/xl2_256.py", "--data", data / "a", f"{data / 'b'}@9000", "--latent_size=8", fails=True
+    )
     assert "has no rows with a short side of 9000" in message
 
 

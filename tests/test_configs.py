@@ -1,4 +1,5 @@
 """Every file in config/ is a run that starts, and the README's two commands are what they should be."""
+
 import re
 from dataclasses import fields
 
@@ -49,14 +50,30 @@ PHASES = {
     "xl2_512": (50_000, 0.75, 8e-5, 500, 0.5, 0.0, 0.6, 0.99975, 25_000, 356),
     "xl2_512_unmasked": (5000, 0.0, 8e-5, 0, 0.5, 0.0, 0.6, 0.9975, 1000, 1001),
 }
-NAMES = ("max_steps", "mask_ratio", "learning_rate", "warmup_steps", "grad_clip", "p_mean", "p_std", "ema_decay", "ema_start")
+NAMES = (
+    "max_steps",
+    "mask_ratio",
+    "learning_rate",
+    "warmup_steps",
+    "grad_clip",
+    "p_mean",
+    "p_std",
+    "ema_decay",
+    "ema_start",
+)
 
 
 @pytest.mark.parametrize("config", PHASES)
 def test_phases_of_the_paper(config):
     s, *expected = settings_of(config), *PHASES[config]
     assert [s[name] for name in NAMES] == expected[:-1]
-    assert (s["batch_size"], s["weight_decay"], s["beta1"], s["beta2"], s["unmasked_steps"]) == (2048, 0.1, 0.9, 0.999, 0)
+    assert (s["batch_size"], s["weight_decay"], s["beta1"], s["beta2"], s["unmasked_steps"]) == (
+        2048,
+        0.1,
+        0.9,
+        0.999,
+        0,
+    )
     assert s["schedule"] == ("cosine" if config == "xl2_256" else "constant") and s["min_learning_rate"] == 0.33
     net = network(s)
     assert (net.latent_size, net.pos_scale) == ((32, 1.0) if "256" in config else (64, 2.0))
@@ -64,10 +81,17 @@ def test_phases_of_the_paper(config):
     assert forward_flops(net, s["mask_ratio"]) / 1e9 == pytest.approx(expected[-1], abs=1)
     for gpus in (1, 2, 4, 8, 16, 32):  # the same global batch
         assert s["batch_size"] % (s["micro_batch_size"] * gpus) == 0
-    before = {"xl2_256": "", "xl2_256_unmasked": "xl2_256", "xl2_512": "xl2_256_unmasked", "xl2_512_unmasked": "xl2_512"}
+    before = {
+        "xl2_256": "",
+        "xl2_256_unmasked": "xl2_256",
+        "xl2_512": "xl2_256_unmasked",
+        "xl2_512_unmasked": "xl2_512",
+    }
     assert s["init_from"] == (f"runs/{before[config]}" if before[config] else "")
     assert s["init_optimizer"] == ("unmasked" in config)
-    assert ("data/diffusiondb" in s["data"]) == ("256" in config) and ("data/cc12m@512" in s["data"]) == ("512" in config)
+    assert ("data/diffusiondb" in s["data"]) == ("256" in config) and ("data/cc12m@512" in s["data"]) == (
+        "512" in config
+    )
 
 
 @pytest.mark.parametrize("config", PHASES)

@@ -252,9 +252,7 @@ def test_bad_arguments(script, tmp_path, args, words):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/a.png").write_bytes(b"x")
-    message = script(
-        "prepare_latents.py", "--out", tmp_path / "d", *[a.format(tmp=tmp_path) for a in args], fails=True
-    )
+    message = script("prepare_latents.py", "--out", tmp_path / "d", *[a.format(tmp=tmp_path) for a in args], fails=True)
     assert words in message
     assert "skipped.jsonl" in words or not (tmp_path / "d").exists()
 
@@ -352,7 +350,9 @@ def test_captions_in_8_bits(script, tmp_path):
     (a, x), (b, y) = half.rows(ids), int8.rows(ids)
     np.testing.assert_array_equal(a, b)
     error = np.abs(y - x.astype(np.float32))
-    assert 0 < error.max() <= np.abs(x).max() / 127 * 0.51 and np.sqrt((error**2).mean()) < 0.006 * x.astype(float).std()
+    assert (
+        0 < error.max() <= np.abs(x).max() / 127 * 0.51 and np.sqrt((error**2).mean()) < 0.006 * x.astype(float).std()
+    )
     bytes_of = {n: sum(p.stat().st_size for p in (tmp_path / n).glob("*s.npy")) for n in ("half", "int8")}
     assert bytes_of["int8"] < 0.55 * bytes_of["half"]
     message = script(*args, "--out", tmp_path / "int8", fails=True)
@@ -379,8 +379,8 @@ def test_quantization_is_within_half_a_step(n, dim, exponent, seed):
 
 def test_several_folders_are_one_set(script, tmp_path):
     for name, seed, n in (("a", 0, 23), ("b", 500, 17)):
-        script("prepare_latents.py", "--out", tmp_path / name, f"--limit={n}", f"--first_seed={seed}", "--resolutions=16",
-               "--shard_size=10")  # fmt: skip
+        script("prepare_latents.py", "--out", tmp_path / name, f"--limit={n}", f"--first_seed={seed}",
+               "--resolutions=16", "--shard_size=10")  # fmt: skip
     a, b = Dataset(tmp_path / "a", 8), Dataset(tmp_path / "b", 8)
     for path in (tmp_path / "b").glob("*.rows.jsonl"):
         rows = [json.loads(line) for line in path.read_text().splitlines()]

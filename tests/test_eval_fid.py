@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -106,7 +108,9 @@ def test_clip_equals_transformers(models):
 
 def test_numbers_equal_their_definitions(models, evaluate):
     """FID and CLIP-FID from np.cov, CLIP score from transformers' features, on pictures of 40 px against 60 x 44 ones"""
-    found = evaluate(images=(str(models / "made"),), captions=str(models / "captions.txt"), reference=str(models / "real"))
+    found = evaluate(
+        images=(str(models / "made"),), captions=str(models / "captions.txt"), reference=str(models / "real")
+    )
     result, protocol = found["results"][0], found["protocol"]
     ours, real = pictures_at(models / "made", 40), pictures_at(models / "real", 40)
     net = inception.load(models / "inception.pth")
@@ -120,7 +124,9 @@ def test_numbers_equal_their_definitions(models, evaluate):
     model = CLIPModel.from_pretrained(models / "clip-fid")
     processor = CLIPImageProcessorPil.from_pretrained(models / "clip-fid")
     with torch.no_grad():
-        rows = [model.get_image_features(**processor(p, return_tensors="pt")).pooler_output.numpy() for p in (ours, real)]
+        rows = [
+            model.get_image_features(**processor(p, return_tensors="pt")).pooler_output.numpy() for p in (ours, real)
+        ]
     assert result["clip_fid"] == pytest.approx(distance(*rows), abs=2e-4) and result["clip_fid"] > 0.01
     score = clip.Clip(models / "clip")
     each = (100 * clip.similarity(score.image(ours), score.text(CAPTIONS))).clamp_min(0)
@@ -134,7 +140,8 @@ def test_each_resize_shows_inception_something_else(models):
     items = [(path, None) for path in sorted((models / "made").iterdir())[:2]]
     net = inception.load(models / "inception.pth")
     means = [
-        features.measure(features.Networks(net, r), items, 40, True, 2, r).statistics["fid"].mu for r in inception.RESIZES
+        features.measure(features.Networks(net, r), items, 40, True, 2, r).statistics["fid"].mu
+        for r in inception.RESIZES
     ]
     assert all(np.abs(a - b).max() > 1e-3 for a, b in [means[:2], means[1:], means[::2]])
 
@@ -214,6 +221,36 @@ def test_captions_are_chosen_by_seed_and_the_reference_can_be_theirs(models, eva
         evaluate(**settings | {"count": 10})
 
 
+def test_the_coco_recipe_of_the_readme(models, evaluate, tmp_path):
+    """Its command on a miniature in COCO's layout"""
+    text = (ROOT / "README.md").read_text()
+    command = re.search(r"eval_fid\.py (--checkpoint \S+ --captions coco.*?)\n```", text, re.S)[1]
+    given, name = {}, ""
+    for word in shlex.split(command.replace("\\\n", " ")):
+        name = word.removeprefix("--") if word.startswith("--") else name
+        given.setdefault(name, []).extend([] if word.startswith("--") else [word])
+    assert given["count"] == ["30000"] and given["resolution"] == ["256"] and len(given["guidance_scales"]) == 5
+    val = tmp_path / given.pop("reference")[0]
+    shutil.copytree(models / "real", val)
+    captions = tmp_path / given.pop("captions")[0]
+    captions.parent.mkdir()
+    coco(captions.parent, sorted(p.name for p in val.iterdir())).rename(captions)
+    given |= {"checkpoint": models / "run", "count": 6, "resolution": 12, "captions": captions, "reference": val}
+    found = evaluate(
+        **{
+            k: v if isinstance(v, int) else str(v)
+            for k, v in given.items()
+            if k not in ("guidance_scales", "save_reference")
+        },
+        guidance_scales=tuple(map(float, given["guidance_scales"][:2])),
+        save_reference=str(tmp_path / given["save_reference"][0]),
+        metrics=("clip_fid", "clip_score"),
+    )
+    assert [r["guidance_scale"] for r in found["results"]] == [1.5, 2.0] and found["protocol"]["resolution"] == 12
+    assert found["protocol"]["reference"]["pictures"] == 9 and found["results"][0]["pictures"] == 6
+    assert (tmp_path / "coco/val2014_256.clip.npz").exists()
+
+
 def test_a_pictures_folder_made_here_is_judged_with_its_own_captions(models, evaluate, tmp_path):
     settings = {"reference": str(models / "real"), "metrics": ("clip_fid", "clip_score")}
     drawn = evaluate(checkpoint=str(models / "run"), captions=str(models / "captions.txt"), **settings,
@@ -287,10 +324,20 @@ def test_settings_that_do_not_fit_are_refused(models, evaluate):
         ({"images": made, "resize": "bilinear", "reference": "x"}, "'bilinear' is none of clean"),
         ({"images": made, "reference": "nowhere"}, "no reference nowhere"),
         ({"images": ("nowhere",), "metrics": ("clip_score",)}, "no folder of pictures nowhere"),
-        ({"images": made, "reference": str(models / "real"), "metrics": ("clip_fid",), "clip_fid": str(models / "made")},
-         "CLIP model .*made"),
+        (
+            {
+                "images": made,
+                "reference": str(models / "real"),
+                "metrics": ("clip_fid",),
+                "clip_fid": str(models / "made"),
+            },
+            "CLIP model .*made",
+        ),
         ({"images": made, "reference": str(models / "real"), "matched": True}, "matched needs --captions"),
-        ({"checkpoint": str(models / "run"), "captions": "no.txt", "metrics": ("clip_score",)}, "no captions file no.txt"),
+        (
+            {"checkpoint": str(models / "run"), "captions": "no.txt", "metrics": ("clip_score",)},
+            "no captions file no.txt",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             evaluate(**settings)

@@ -310,7 +310,7 @@ def line(filename="00000/samples/0000.png", *objects, **changes):
     [
         (line(thing("dog")), '"filename"'),
         (line(width=0), '"width" is 0'),
-        (line(height="32"), '"height" is \'32\''),
+        (line(height="32"), "\"height\" is '32'"),
         (line(objects=None), '"objects" is None'),
         (line("f", "dog"), "object 0 is 'dog'"),
         (line("f", thing("remote")), "object 0: unknown class 'remote': GenEval's name is 'tv remote'"),

@@ -63,7 +63,7 @@ GOOD = {
     "broken exif.jpg": encoded(noise(), "JPEG", exif=b"Exif\0\0MM\0*\0\0\xff\xff"),
     "progressive.jpg": encoded(noise(), "JPEG", progressive=True),
     "trailing.jpg": JPEG + b"garbage" * 50,
-    "it's \"quoted\"; $(name) & 100%.png": PNG,
+    'it\'s "quoted"; $(name) & 100%.png': PNG,
     "two\nlines.png": PNG,
     "\u2028 separator.png": PNG,
     "日本 👩‍🚀.png": PNG,
@@ -107,7 +107,8 @@ def test_a_folder_of_strange_files(script, tmp_path):
         (source / name).write_bytes(data)
         (source / name).with_suffix(".txt").write_bytes(b"caption of " + os.fsencode(name))
     captions = {"silent.png": None, "blank.png": b" \n\t ", "void.png": b"", "huge.png": b"word " * 20_000,
-                "unbroken.png": b"x" * 100_000, "latin1.png": "K\u00e4se".encode("latin-1"), "bom.png": b"\xef\xbb\xbfmarked",
+                "unbroken.png": b"x" * 100_000, "latin1.png": "K\u00e4se".encode("latin-1"),
+                "bom.png": b"\xef\xbb\xbfmarked",
                 "nul.png": b"a\0b\x1b[31m"}  # fmt: skip
     for name, text in captions.items():
         (source / name).write_bytes(PNG)
@@ -125,7 +126,9 @@ def test_a_folder_of_strange_files(script, tmp_path):
     assert {len(t) for t in texts} >= {99_999, 100_000} and "a\0b\x1b[31m" in texts
     assert sum(t.startswith("caption of ") for t in texts) == len(GOOD)
     bad = {n: reason for n, (_, reason) in BAD.items()}
-    bad |= dict.fromkeys(captions.keys() - kept, "no caption") | dict.fromkeys(("nowhere.png", "pipe.png"), "not a file")
+    bad |= dict.fromkeys(captions.keys() - kept, "no caption") | dict.fromkeys(
+        ("nowhere.png", "pipe.png"), "not a file"
+    )
     assert skipped.keys() == bad.keys()
     for name, (reason,) in skipped.items():
         assert reason.startswith(bad[name]) or bad[name] in reason, (name, reason)
@@ -187,8 +190,12 @@ def test_archives_of_every_kind(script, tmp_path):
         "text.tar": b"this is not an archive" * 100,
         "gzip inside.tar": tar_bytes(two, "w:gz"),  # the name does not say so
         "links.tar": tar_bytes([("link.png", None)] + pair("first")),
-        "outside.tar": tar_bytes([("../../up.png", PNG), ("../../up.txt", b"up"), ("/abs.png", PNG), ("/abs.txt", b"abs")]),
-        "masks.tar": tar_bytes([("a.mask.png", PNG), ("a.png", PNG), ("a.txt", b"a"), ("b.json", b"[1]"), ("b.png", PNG)]),
+        "outside.tar": tar_bytes(
+            [("../../up.png", PNG), ("../../up.txt", b"up"), ("/abs.png", PNG), ("/abs.txt", b"abs")]
+        ),
+        "masks.tar": tar_bytes(
+            [("a.mask.png", PNG), ("a.png", PNG), ("a.txt", b"a"), ("b.json", b"[1]"), ("b.png", PNG)]
+        ),
         "long name.tar": tar_bytes(pair("n" * 180), format=tarfile.PAX_FORMAT),
         "cut.tgz": tar_bytes(two + [("third.png", noise(9, (300, 300)).tobytes())], "w:gz")[:12_000],
         "damaged.tar.gz": damaged(tar_bytes(two, "w:gz")),
@@ -231,10 +238,12 @@ def test_archives_of_every_kind(script, tmp_path):
         "lone.zip": {"b.png": "b"}, "deep.tar": {"b.png": "b"}, "deep.zip": {"b.png": "b"},
     }  # fmt: skip
     reasons = {
-        "cut in a file.tar": "breaks off here: unexpected end of data", "cut in a header.tar": "breaks off here: truncated",
+        "cut in a file.tar": "breaks off here: unexpected end of data",
+        "cut in a header.tar": "breaks off here: truncated",
         "no end.tar": "breaks off here: no end marker", "bad header.tar": "breaks off here: bad checksum",
         "nothing.tar": "breaks off here: ", "text.tar": "breaks off here: ", "cut.tgz": "breaks off here: Compressed",
-        "damaged.tar.gz": "breaks off here: ", "cut.zip": "cannot be read: File is not a zip", "damaged.zip": "first.png cannot",
+        "damaged.tar.gz": "breaks off here: ", "cut.zip": "cannot be read: File is not a zip",
+        "damaged.zip": "first.png cannot",
         "encrypted.zip": "first.png cannot be read", "bad table.zip": "part-1.json cannot be read",
         "masks.tar/b.png": "no caption", "masks.tar/a.mask.png": "no caption", "damaged.tar.gz/first.png": "no caption",
         "cut in a file.tar/second.png": "cut off", "cut.tgz/third.png": "cut off", "links.tar/link.png": "a link",
@@ -269,7 +278,14 @@ def test_a_list_of_pictures_with_missing_files(script, tmp_path):
     (tmp_path / "list.jsonl").write_text(text, encoding="utf-8")
     _, texts, skipped = prepare(script, tmp_path / "list.jsonl", tmp_path / "out")
     assert texts == ["one", "two", "without its extension"]
-    missing = ["pictures/missing.png", "pictures", "pictures/nul\0.png", "x" * 5000 + ".png", "42", "pictures/a.png/under.png"]
+    missing = [
+        "pictures/missing.png",
+        "pictures",
+        "pictures/nul\0.png",
+        "x" * 5000 + ".png",
+        "42",
+        "pictures/a.png/under.png",
+    ]
     for name in missing:
         assert "no such file" in skipped.pop(name)[0]
     assert skipped == {"record 10": ["the record names no picture"], "pictures/7.jpg": ["no caption"]}

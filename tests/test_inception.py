@@ -151,7 +151,8 @@ def foreign(state, kind):
     match kind:
         case "torchvision's":
             return state | {"AuxLogits.conv0.conv.weight": fc["fc.bias"], "fc.bias": torch.zeros(1000)}, (
-                "in 2 tensors: left over AuxLogits.conv0.conv.weight; fc.bias is \\(1000,\\) and not \\(1008,\\)")
+                "in 2 tensors: left over AuxLogits.conv0.conv.weight; fc.bias is \\(1000,\\) and not \\(1008,\\)"
+            )
         case "part":
             return {n: t for n, t in state.items() if "Mixed_7c" not in n}, "in 54 tensors: missing Mixed_7c.branch1x1"
         case "another":

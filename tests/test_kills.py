@@ -118,9 +118,10 @@ def test_training_survives_kills(script, tmp_path):
     script("prepare_latents.py", f"--out={tmp_path / 'data'}", "--limit=60", "--resolutions=16")
     steps = 40 if KILLS < 20 else 400
     args = ["train.py", f"--data={tmp_path / 'data'}", "--latent_size=8", "--dim=64", "--depth=2", "--head_dim=16",
-            "--mlp_multiple=16", "--mixer_depth=1", "--mixer_dim=32", "--num_experts=2", "--batch_size=8", "--micro_batch_size=2",
-            "--warmup_steps=3", f"--max_steps={steps}", f"--unmasked_steps={steps // 4}", "--ema_decay=0.9", "--log_every=5",
-            "--eval_every=0", "--sample_every=0", "--checkpoint_every=3", "--keep_checkpoints=2"]  # fmt: skip
+            "--mlp_multiple=16", "--mixer_depth=1", "--mixer_dim=32", "--num_experts=2", "--batch_size=8",
+            "--micro_batch_size=2", "--warmup_steps=3", f"--max_steps={steps}", f"--unmasked_steps={steps // 4}",
+            "--ema_decay=0.9", "--log_every=5", "--eval_every=0", "--sample_every=0",
+            "--checkpoint_every=3", "--keep_checkpoints=2"]  # fmt: skip
     runs, unfinished = 0, 0
     with open(tmp_path / "log.txt", "w") as log:
         began = time.time()

@@ -19,7 +19,13 @@ def data(tmp_path_factory):
 @pytest.fixture
 def study(data, tmp_path, monkeypatch):
     """masking.py with a small budget, in this process"""
-    for name, value in {"data": data, "out": str(tmp_path / "study"), "budget": 0.07, "count": 2, "seeds": (3,)}.items():
+    for name, value in {
+        "data": data,
+        "out": str(tmp_path / "study"),
+        "budget": 0.07,
+        "count": 2,
+        "seeds": (3,),
+    }.items():
         monkeypatch.setattr(masking, name, value)
     masking.step_flops.cache_clear()
     return masking
@@ -42,8 +48,10 @@ def test_arms_cost_what_they_should(study, monkeypatch):
         masked, unmasked = masking.tail_of(point)
         parts = masked * deferred["masked"], unmasked * deferred["unmasked"]
         assert parts[1] / sum(parts) == pytest.approx(0.25, abs=0.005)
-        assert sum(parts) == pytest.approx(total, rel=2e-3) if total else (
-            masked + unmasked == masking.equal_points("unmasked")["steps"]
+        assert (
+            sum(parts) == pytest.approx(total, rel=2e-3)
+            if total
+            else (masked + unmasked == masking.equal_points("unmasked")["steps"])
         )
 
 

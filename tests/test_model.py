@@ -341,9 +341,7 @@ def test_negative_caption_takes_the_place_of_the_empty_one():
     net = GaussianData()
     noise, caption = torch.zeros(1, 1, 2, 2), torch.full((1, 1, 1), 0.5)
     out = model.sample(net, noise, caption, 40, 3.0, negative_caption=-caption)
-    torch.testing.assert_close(
-        out.double(), net.solution(noise.double(), -0.5 + 3.0).expand_as(out), atol=5e-3, rtol=0
-    )
+    torch.testing.assert_close(out.double(), net.solution(noise.double(), -0.5 + 3.0).expand_as(out), atol=5e-3, rtol=0)
 
 
 @pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m"])

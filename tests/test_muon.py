@@ -1,4 +1,5 @@
 """muon.py against the singular value decomposition and against torch.optim.Muon."""
+
 import pytest
 import torch
 
@@ -20,8 +21,10 @@ def test_steps_as_the_library_does():
     g = torch.Generator().manual_seed(0)
     start = [torch.randn(16, 8, generator=g), torch.randn(8, 8, generator=g), torch.randn(16, 8, generator=g)]
     ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
-    optimizers = (Muon(ours, 0.02, weight_decay=0.1),
-                  torch.optim.Muon(theirs, 0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"))
+    optimizers = (
+        Muon(ours, 0.02, weight_decay=0.1),
+        torch.optim.Muon(theirs, 0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+    )
     for _ in range(4):
         for a, b in zip(ours, theirs):
             a.grad = torch.randn(a.shape, generator=g)

@@ -1,4 +1,4 @@
-"""Published models, small and random but in their real formats: released checkpoints, and the whole way through them."""
+"""Published models, small and random but in their real formats: released checkpoints, and the way through them."""
 
 import json
 
@@ -154,7 +154,9 @@ def test_bfloat16_offload_and_compile_draw_the_same_picture(models, monkeypatch)
     loaded.device = torch.device("cpu", 0)  # a name that differs from the "cpu" of a part at rest
     offloaded = sample.generate(loaded, **draw)
     monkeypatch.undo()
-    assert moves == [(part, where) for part in ("CLIPTextModel", "MicroDiT", "KLAutoencoder") for where in ("cpu:0", "cpu")]
+    assert moves == [
+        (part, where) for part in ("CLIPTextModel", "MicroDiT", "KLAutoencoder") for where in ("cpu:0", "cpu")
+    ]
     for a, b in zip(plain, offloaded):
         np.testing.assert_array_equal(a, np.asarray(b))
     half = sample.load(models / "dit.pt", dtype="bfloat16", **ends)

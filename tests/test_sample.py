@@ -175,9 +175,7 @@ def test_scores_of_the_drawn_set(script, runs, tmp_path):
     for scores in report.values():
         assert scores["network"].keys() == scores["drawn pictures"].keys()
         assert scores["network"]["background"][1] == 6
-    assert (
-        "background" in printed and (tmp_path / "scores.png").exists() and (tmp_path / "scores.unseen.png").exists()
-    )
+    assert "background" in printed and (tmp_path / "scores.png").exists() and (tmp_path / "scores.unseen.png").exists()
 
 
 def test_genevals_layout_by_two_processes_and_again(script, runs, tmp_path):

@@ -49,9 +49,7 @@ def test_the_caption_tells_the_relation_of_the_picture():
         if attributes["relation"]:
             first, second = (f"a {o['size']} {o['color']} {o['shape']}" for o in attributes["objects"])
             opposite = {"left of": "right of", "above": "below"}[attributes["relation"]]
-            assert (
-                f"{first} {attributes['relation']} {second}" in caption or f"{second} {opposite} {first}" in caption
-            )
+            assert f"{first} {attributes['relation']} {second}" in caption or f"{second} {opposite} {first}" in caption
 
 
 def test_noise_and_the_mean_picture_score_nothing():

@@ -155,7 +155,9 @@ def test_a_tgz_that_breaks_off_keeps_what_came_before(tmp_path):
 
 
 def test_quotation_marks_in_a_tsv_are_text(tmp_path):
-    (tmp_path / "a.tsv").write_text('image\tcaption\n1.png\t"Sunset over the bay\n2.png\ttwo\n3.png\t6" nails\n4.png\t"all"\n')
+    (tmp_path / "a.tsv").write_text(
+        'image\tcaption\n1.png\t"Sunset over the bay\n2.png\ttwo\n3.png\t6" nails\n4.png\t"all"\n'
+    )
     find = read_captions(tmp_path / "a.tsv")
     assert [find(f"{i}.png") for i in range(1, 5)] == ['"Sunset over the bay', "two", '6" nails', "all"]
 
@@ -164,8 +166,10 @@ def test_a_number_of_a_picture_is_not_the_name_of_another(tmp_path):
     (tmp_path / "a.json").write_text('[{"file_name": "9.png", "image_id": 3, "name": "3", "caption": "the nine"}]')
     find = read_captions(tmp_path / "a.json")
     assert find("9.png") == "the nine" and find("3.png") is None
-    (tmp_path / "b.json").write_text('{"images": [{"id": 1, "file_name": "1.png"}], "annotations": '
-                                     '[{"image_id": 1, "caption": ""}, {"image_id": 1, "caption": "second"}]}')
+    (tmp_path / "b.json").write_text(
+        '{"images": [{"id": 1, "file_name": "1.png"}], "annotations": '
+        '[{"image_id": 1, "caption": ""}, {"image_id": 1, "caption": "second"}]}'
+    )
     assert read_captions(tmp_path / "b.json")("1.png") == "second"
 
 
@@ -176,7 +180,9 @@ def test_nsfw_scores_are_compared_in_their_own_precision(tmp_path):
     from captions import harmless
 
     scores = {"a": (0.2, 0.2), "b": (0.2001, 0), "c": (0.1, float("nan")), "d": (0.1, None), "e": (2, 0)}
-    columns = {f"{k}_nsfw": pa.array([s[i] for s in scores.values()], pa.float32()) for i, k in enumerate(("image", "prompt"))}
+    columns = {
+        f"{k}_nsfw": pa.array([s[i] for s in scores.values()], pa.float32()) for i, k in enumerate(("image", "prompt"))
+    }
     parquet.write_table(pa.table({"image_name": list(scores)} | columns), tmp_path / "m.parquet")
     assert harmless(tmp_path / "m.parquet", 0.2) == {"a"}
     (tmp_path / "no.parquet").write_bytes(b"x")

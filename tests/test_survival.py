@@ -110,8 +110,8 @@ def test_a_crashed_process_is_started_again_and_goes_on(data, tmp_path):
 
 
 context = contextlib.nullcontext
-TINY = model.MicroDiTConfig(latent_size=8, latent_channels=12, caption_dim=128, dim=32, depth=2, head_dim=8, mlp_multiple=8,
-                            mixer_depth=1, mixer_dim=16, num_experts=2)  # fmt: skip
+TINY = model.MicroDiTConfig(latent_size=8, latent_channels=12, caption_dim=128, dim=32, depth=2, head_dim=8,
+                            mlp_multiple=8, mixer_depth=1, mixer_dim=16, num_experts=2)  # fmt: skip
 
 
 @pytest.fixture
@@ -170,7 +170,9 @@ def test_such_steps_are_shown_and_many_in_a_row_end_the_run(monkeypatch, trainer
         made.update(1e-2)
     train.report(made, log, meter, 1e-2, True, torch.device("cpu"), 1)
     line = capsys.readouterr().out
-    assert all(word in line for word in ("9 steps skipped", "MFU", "images/s", "$")) and "nan" not in line.split("grad")[0]
+    assert (
+        all(word in line for word in ("9 steps skipped", "MFU", "images/s", "$")) and "nan" not in line.split("grad")[0]
+    )
     made.accumulate(made.net, batch, 1, True, context)
     made.update(1e-2)
     with pytest.raises(ValueError, match="last 10 steps .*step_00000001.safetensors"):
