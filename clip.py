@@ -1,5 +1,5 @@
 """
-CLIP's projected features of pictures and texts, through transformers: for CLIP score, CLIP-FID and the colours of GenEval.
+CLIP's projected features of pictures and texts, through transformers: for CLIP score, CLIP-FID and GenEval's colours.
 
     clip = Clip("openai/clip-vit-base-patch16")        # a hub id or a folder
     clip.image(pictures), clip.text(captions)           # (B, D) each, not normalised
@@ -10,7 +10,7 @@ import torch
 
 
 def load_model(kind, name, model_type, architecture):
-    """A float32 model of transformers by hub id or folder; ValueError if it is not there, of another kind, or not whole"""
+    """A float32 model of transformers by hub id or folder; ValueError if it is not there, not whole or another kind."""
     from transformers import AutoConfig
     from transformers.utils import logging
     logging.set_verbosity_error()  # a checkpoint's stale buffers are no news
@@ -27,12 +27,13 @@ def load_model(kind, name, model_type, architecture):
         raise ValueError(f"{kind} {name}: {error}") from None
     # missing weights would silently be random; those of a training loss are of no use here
     if missing := sorted(key for key in report["missing_keys"] if not key.startswith("criterion.")):
-        raise ValueError(f"{kind} {name}: its file lacks weights: {', '.join(missing[:3])}{' ...' * (len(missing) > 3)}")
+        more = " ..." * (len(missing) > 3)
+        raise ValueError(f"{kind} {name}: its file lacks weights: {', '.join(missing[:3])}{more}")
     return model.eval().requires_grad_(False)
 
 
 class Clip:
-    """Both towers, in float32. Pictures are prepared as the model's own files say, by Pillow (OpenAI: bicubic, centre)"""
+    """Both towers, in float32. Pictures are prepared by Pillow as the model's files say (OpenAI: bicubic, centre)."""
 
     def __init__(self, name, device="cpu"):
         from transformers import CLIPModel, CLIPTokenizer

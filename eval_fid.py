@@ -2,13 +2,13 @@
 Pictures -> FID, CLIP-FID, CLIP score; and for the drawn set what shapes.read sees, which needs no download.
 
     python eval_fid.py                                                       # the newest run, if it is of the drawn set
-    python eval_fid.py --checkpoint runs/xl2_512_unmasked --captions captions_val2014.json --reference val2014 --count 30000
+    python eval_fid.py --checkpoint runs/NAME --captions captions_val2014.json --reference val2014 --count 30000
     torchrun --nproc_per_node=8 eval_fid.py ... --guidance_scales 1.5 2 3 5  # a curve, and the work on eight GPUs
     python eval_fid.py --images pictures --captions prompts.txt --reference val2014.npz
 
-All in one run: draws the pictures (or takes those in --images), compares their features with a reference, a folder of real
-pictures or statistics of one in pytorch-fid's format, and writes OUT/results.json, which says all that the numbers depend on.
-Stopped and started again, it uses the pictures that are there.
+All in one run: draws the pictures (or takes those in --images), compares their features with a reference, a folder of
+real pictures or statistics of one in pytorch-fid's format, and writes OUT/results.json, which says all that the numbers
+depend on. Stopped and started again, it uses the pictures that are there.
 """
 from configurator import configure
 from machine import exit_with_launcher
@@ -30,8 +30,8 @@ save_reference = ""           # write the reference's statistics to this .npz, a
 metrics = ()                  # of fid, clip_fid, clip_score, attributes; empty: the first three, for shapes the last
 resolution = 0                # side at which pictures are compared: shorter side resized, then the centre; 0: that of
                               # the judged pictures
-resize = "clean"              # from there to Inception's 299: clean (clean-fid), tensorflow (the first FID code), pytorch
-                              # (pytorch-fid)
+resize = "clean"              # from there to Inception's 299: clean (clean-fid), tensorflow (the first FID code) or
+                              # pytorch (pytorch-fid)
 inception = ""                # file of FID's Inception weights; empty: the published one, downloaded once (96 MB)
 clip = "openai/clip-vit-base-patch16"      # of the CLIP score; a hub id or folder
 clip_fid = "openai/clip-vit-base-patch32"  # of CLIP-FID (clean-fid's)
@@ -100,8 +100,8 @@ def check_settings():
         if value not in options:
             raise ValueError(f"{name}: '{value}' is none of {', '.join(options)}")
     if count < 0 or resolution < 0 or batch_size < 1 or steps < 1:
-        raise ValueError(f"count {count}, resolution {resolution}, batch_size {batch_size}, steps {steps}: the first two "
-                         "must be at least 0, the others at least 1")
+        raise ValueError(f"count {count}, resolution {resolution}, batch_size {batch_size}, steps {steps}: the first "
+                         "two must be at least 0, the others at least 1")
     if not guidance_scales:
         raise ValueError("guidance_scales is empty: give one or more, -1 for the run's own")
     if "attributes" in chosen and not drawn:
@@ -123,8 +123,9 @@ def check_settings():
 
 
 def read_prompts(path, size):
-    """[(name of the caption's picture or None, caption, attributes or None)] of all prompts, in order, and a list of those
-    names that have none"""
+    """[(name of the caption's picture or None, caption, attributes or None)] of all prompts, in order; and the names of
+    the pictures that have no caption
+    """
     if path in DRAWN:
         scenes = [shapes.scene(FIRST_SCENE + i, DRAWN[path], size) for i in range(count or 256)]
         return [(None, caption, attributes) for _, caption, attributes in scenes], []
@@ -164,8 +165,8 @@ def choose(entries):
 def captions_of(folder, wanted, entries):
     """[(path, caption or None)] of the pictures in a folder, ValueError if one that should be there is not.
 
-    Captions: the captions file (those of .txt and of the drawn set, `entries`, in the order of the pictures' names), else
-    what eval_fid.py wrote, else the prompt in the PNG, else NAME.txt beside it.
+    Captions: the captions file (those of .txt and of the drawn set, `entries`, in the order of the pictures' names),
+    else what eval_fid.py wrote, else the prompt in the PNG, else NAME.txt beside it.
     """
     listed, folder = Path(folder) / generated.CAPTIONS, Path(folder)
     if not folder.is_dir():
@@ -182,8 +183,8 @@ def captions_of(folder, wanted, entries):
         raise ValueError(f"no pictures in {folder}")
     in_order = captions in DRAWN or captions.endswith(".txt")
     if in_order and len(entries) != len(paths):
-        raise ValueError(f"{captions} has {len(entries):,} prompts, {folder} {len(paths):,} pictures: prompt i must belong "
-                         "to the i-th picture in the order of their names")
+        raise ValueError(f"{captions} has {len(entries):,} prompts, {folder} {len(paths):,} pictures: prompt i must "
+                         "belong to the i-th picture in the order of their names")
     if "clip_score" not in wanted:
         return [(path, None) for path in paths]
     if in_order:
@@ -229,7 +230,7 @@ def reference_pictures(names):
             raise ValueError(f"{len(missing):,} pictures of {captions} are not in {folder}: {', '.join(missing[:10])}")
         paths = [by_name[name] for name in names]
     if len(paths) < 2:
-        raise ValueError(f"{len(paths)} pictures in {folder}: a reference needs at least two, and thousands to mean much")
+        raise ValueError(f"{len(paths)} pictures in {folder}: a reference needs two, and thousands to mean much")
     return paths
 
 
@@ -243,13 +244,14 @@ def read_statistics(networks, wanted, side):
     for metric, path in (("fid", reference), ("clip_fid", clip_file(reference))):
         if metric in wanted:
             if metric == "clip_fid" and not Path(path).is_file():
-                raise ValueError(f"clip_fid needs the reference's CLIP statistics, {path}: make both with --reference FOLDER "
-                                 f"--save_reference {reference}, or choose --metrics without clip_fid")
+                raise ValueError(f"clip_fid needs the reference's CLIP statistics, {path}: make both with --reference "
+                                 f"FOLDER --save_reference {reference}, or choose --metrics without clip_fid")
             mu, sigma, about = frechet.load(path)
             now = about_reference(networks, metric, side)
             differ = [f"{k}: {about[k]} there, {v} now" for k, v in now.items() if k in about and about[k] != v]
             if differ:
-                raise ValueError(f"{path} was made otherwise ({'; '.join(differ)}): use the same settings, or make it again")
+                raise ValueError(f"{path} was made otherwise ({'; '.join(differ)}): use the same settings, or make it "
+                                 "again")
             found[metric], said[metric] = (mu, sigma), about
             if not about:
                 print(f"note: {path} does not say how it was made: whether {now} fits it is yours to know")
@@ -357,8 +359,8 @@ def load_run(run, where):
     model = sample.load(run, where, ema, vae, text_encoder, dtype, offload, compile, scaling_factor)
     size = model.config.latent_size * model.vae.downsample
     if size < resolution:
-        raise ValueError(f"{run} draws pictures of {size} x {size}, smaller than resolution {resolution}: enlarged they would "
-                         f"be judged for the enlarging. Give a --resolution of at most {size}")
+        raise ValueError(f"{run} draws pictures of {size} x {size}, smaller than resolution {resolution}: enlarged "
+                         f"they would be judged for the enlarging. Give a --resolution of at most {size}")
     entries, without = read_prompts(captions, size)
     entries = entries if captions in DRAWN else choose(entries)
     return model, entries, size, {"checkpoint": model.name, "captions": {
@@ -489,14 +491,15 @@ def write_results(protocol, results):
         for name, (right, of) in r.get("attributes", {}).items():
             print(f"  {name:12} {100 * right / of if of else 0:8.1f} %  ({right} of {of})")
         if min(r["pictures"], FEW) < FEW and "fid" in r:
-            print(f"  note: distances of fewer than {FEW:,} pictures come out too high, and only compare with others of as many")
+            print(f"  note: distances of fewer than {FEW:,} pictures come out too high: compare with as many alone")
     if not protocol.get("inception", {"published": True})["published"]:
         print(f"note: {inception} is not the published Inception: this FID compares with no other")
     points = [(r["fid"], r["clip_score"]) for r in results if "fid" in r and "clip_score" in r]
     if len(points) > 1 and len(points) == len(results):
         labels = [f"{r['guidance_scale']:g}" if r["guidance_scale"] is not None else r["folder"] for r in results]
-        plot(Path(out) / "fid_clip.png", {"guidance scale": points}, f"FID ({resize}, {results[0]['pictures']:,} pictures)",
-             f"CLIP score ({clip})", labels={"guidance scale": labels})
+        fid_label = f"FID ({resize}, {results[0]['pictures']:,} pictures)"
+        plot(Path(out) / "fid_clip.png", {"guidance scale": points}, fid_label, f"CLIP score ({clip})",
+             labels={"guidance scale": labels})
         print(f"plot: {Path(out) / 'fid_clip.png'}")
     print(f"all of it: {path}")
 

@@ -53,7 +53,7 @@ class Sums:
 def picture_at(path, resolution, size):
     """(PIL RGB square, whether it was smaller) of a file; Unusable with the reason.
 
-    resolution: its shorter side becomes that (bicubic), then the centre. size: what it must have, (w, h) or None for any.
+    resolution: its shorter side becomes that (bicubic), then the centre. size: what it must have, (w, h), or None.
     """
     image = load(path, 1)
     if size and image.size != size:
@@ -134,8 +134,8 @@ def size_of_first(path, resolution):
     if size[0] != size[1]:
         raise ValueError(f"{path} is {size[0]} x {size[1]}: pictures must be square, as Inception would squash them")
     if size[0] < resolution:
-        raise ValueError(f"{path} is {size[0]} x {size[1]}, smaller than resolution {resolution}: enlarged pictures would "
-                         f"be judged for the enlarging. Give a --resolution of at most {size[0]}")
+        raise ValueError(f"{path} is {size[0]} x {size[1]}, smaller than resolution {resolution}: enlarged pictures "
+                         f"would be judged for the enlarging. Give a --resolution of at most {size[0]}")
     return size
 
 

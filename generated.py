@@ -80,7 +80,8 @@ def fill(model, folder, jobs, rank, world, batch_size, **drawing):
     size = max(batch_size, sample.GROUP // batch_size * batch_size) if model.offload else batch_size
     batches = [jobs[i:i + size] for i in range(0, len(jobs), size)]
     todo = [b for b in batches[rank::world] if not all((Path(folder) / name).exists() for name, _, _ in b)]
-    with tqdm(total=sum(map(len, todo)), unit=" pictures", desc=f"drawing {folder}", disable=rank > 0 or not todo) as bar:
+    quiet = rank > 0 or not todo
+    with tqdm(total=sum(map(len, todo)), unit=" pictures", desc=f"drawing {folder}", disable=quiet) as bar:
         for batch in todo:
             names, prompts, seeds = zip(*batch)
             images = sample.generate(model, prompts, seed=seeds, batch_size=batch_size, **drawing)

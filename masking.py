@@ -1,13 +1,13 @@
 """
-Does it pay to mask 75 % of the patches behind a mixer? The same small network (config/masking.py) trained in several ways,
-compared after equal training FLOPs and after equal steps:
+Does it pay to mask 75 % of the patches behind a mixer? The same small network (config/masking.py) trained in several
+ways, compared after equal training FLOPs and after equal steps:
 
     python prepare_latents.py && python masking.py                        # the drawn set, three seeds
     python masking.py --data data/cifar --val_data data/cifar-val --seeds 0 --out runs/masking-photos
-    python masking.py --arms deferred router_unmodulated mixer_1 mixer_4 no_scaling dense --seeds 0    # the network's parts
+    python masking.py --arms router_unmodulated mixer_1 mixer_4 no_scaling dense --seeds 0    # parts of the network
 
-Each arm and seed is one run of train.py with a constant learning rate, validated along the way and without masking. Runs
-that are finished are not made again; a stopped one goes on. The table and the plot hold every run that is in `out`.
+Each arm and seed is one run of train.py with a constant learning rate, validated along the way and without masking.
+Finished runs are not made again; a stopped one goes on. The table and the plot hold every run that is in `out`.
 """
 from configurator import configure, read_config
 
@@ -95,10 +95,12 @@ def call(script, given, slot):
     """Run a script of ours with these settings, on its share of the machine; its last line if it fails"""
     values = [[f"--{name}", *(map(str, value) if isinstance(value, (tuple, list)) else [str(value)])]
               for name, value in given.items() if value != ()]
-    environment = os.environ | {"EXIT_WITH_PARENT": "1"} | ({"CUDA_VISIBLE_DEVICES": str(slot)} if torch.cuda.is_available() else
-                                {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // slots()))})
+    if torch.cuda.is_available():
+        share = {"CUDA_VISIBLE_DEVICES": str(slot)}
+    else:
+        share = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // slots()))}
     done = subprocess.run([sys.executable, *script, *(v for value in values for v in value)], text=True, check=False,
-                          capture_output=True, env=environment)
+                          capture_output=True, env=os.environ | {"EXIT_WITH_PARENT": "1"} | share)
     if done.returncode:
         raise ValueError(f"{' '.join(script)} for {given['out']}: {(done.stderr.strip() or '?').splitlines()[-1]}")
 
@@ -116,13 +118,13 @@ def train_to(step, folder, given, slot):
 
 
 def scores_of(path, slot):
-    """Attribute scores of a checkpoint, of prompts with pairs seen in training: {name: (right, of)}; {} on other sets"""
+    """Attribute scores of a checkpoint, with pairs seen in training: {name: (right, of)}; {} on other sets"""
     if read_info(data[0])["settings"]["source"] != "shapes" or not count:
         return {}
     scores = path.with_suffix(".scores.json")
     if not scores.exists():
-        call(["eval_shapes.py"], {"checkpoint": path, "count": count, "sampler": "dpmpp_2m", "steps": 20, "out": scores},
-             slot)
+        given = {"checkpoint": path, "count": count, "sampler": "dpmpp_2m", "steps": 20, "out": scores}
+        call(["eval_shapes.py"], given, slot)
     return json.loads(scores.read_text())["scores"]["pairs seen in training"]["network"]
 
 
@@ -170,8 +172,8 @@ def run_tail(point, seed, slot):
     folder = f"{out}/deferred+unmasked/seed{seed}-equal-{point}"
     # another seed, so that it does not meet the pictures of the first steps again in their order; the average starts
     # with it and is shorter, as the part is short
-    given = options("deferred", seed) | {"mask_ratio": 0.0, "warmup_steps": 0, "init_from": start, "init_optimizer": True,
-                                         "seed": seed + 1000, "ema_start": 1, "ema_decay": 0.98}
+    given = options("deferred", seed) | {"mask_ratio": 0.0, "warmup_steps": 0, "init_from": start,
+                                         "init_optimizer": True, "seed": seed + 1000, "ema_start": 1, "ema_decay": 0.98}
     path = train_to(unmasked, folder, given, slot)
     (before, _), (after, losses) = logged(trunk), logged(folder)
     spent = masked * f["masked"]
@@ -259,8 +261,9 @@ def table(found, point):
     rows = [head + [f"{name}, %" for name in names] * scored]
     for arm, results in found.items():
         at = [r["points"][point] for r in results]
-        rows.append([f"{arm}: {ARMS[arm][0]}", str(len(at)), f"{results[0]['parameters'] / 1e6:.2f} M", f"{at[0]['step']:,}",
-                     f"{at[0]['tflop']:.2f}", mean_and_spread([p["val_loss"] for p in at], "{:.4f}"),
+        rows.append([f"{arm}: {ARMS[arm][0]}", str(len(at)), f"{results[0]['parameters'] / 1e6:.2f} M",
+                     f"{at[0]['step']:,}", f"{at[0]['tflop']:.2f}",
+                     mean_and_spread([p["val_loss"] for p in at], "{:.4f}"),
                      mean_and_spread([p["seconds"] / 60 for p in at], "{:.1f}")])
         for name in names if scored else ():
             rows[-1].append(mean_and_spread([100 * p["scores"][name][0] / p["scores"][name][1] for p in at], "{:.0f}"))
@@ -273,8 +276,8 @@ def curves(found):
     lines = {}
     for arm, results in found.items():
         together = zip(*([tuple(p) for p in r["curve"]] for r in results))
-        lines[arm] = [(same[0][0], statistics.mean(v for _, v in same), min(v for _, v in same), max(v for _, v in same))
-                      for same in together if same[0][0] > 0.15 * budget]
+        at = [(same[0][0], [loss for _, loss in same]) for same in together]
+        lines[arm] = [(x, statistics.mean(ys), min(ys), max(ys)) for x, ys in at if x > 0.15 * budget]
     return {arm: points for arm, points in lines.items() if points}
 
 
@@ -283,8 +286,8 @@ def main():
     if unknown or not arms:
         raise ValueError(f"no arm {', '.join(unknown)}: there are {', '.join(ARMS)}")
     if not seeds or budget <= 0 or not 0 < tail < 1 or parallel < 0:
-        raise ValueError(f"seeds {seeds}, budget {budget}, tail {tail}, parallel {parallel}: at least one seed, a budget "
-                         "above 0, a tail between 0 and 1, and parallel at least 0")
+        raise ValueError(f"seeds {seeds}, budget {budget}, tail {tail}, parallel {parallel}: at least one seed, a "
+                         "budget above 0, a tail between 0 and 1, and parallel at least 0")
     for folder in (*data, *val_data):
         read_info(folder)  # a missing set is better said now
     read_all()
@@ -293,7 +296,7 @@ def main():
     text = "\n\n".join(f"At equal {'training FLOPs' if point == 'flops' else 'steps'}:\n\n{table(found, point)}"
                        for point in ("flops", "steps"))
     (Path(out) / "table.md").write_text(text + "\n", encoding="utf-8")
-    plot(Path(out) / "curves.png", curves(found), "training TFLOP", "unmasked validation loss", ", ".join(data), log=True)
+    plot(Path(out) / "curves.png", curves(found), "training TFLOP", "unmasked validation loss", log=True)
     print(f"\n{text}\n\n{out}/table.md, {out}/curves.png")
 
 

@@ -12,7 +12,7 @@ from configurator import configure
 from machine import exit_with_launcher
 
 prompt = ()                   # one or more texts
-prompts_file = ""             # more of them, one a line; or GenEval's .jsonl, whose folder layout is then written to `out`
+prompts_file = ""             # more of them, one a line; or GenEval's .jsonl, whose folder layout is then written
 negative_prompt = ()          # what the pictures should not show: one text for all prompts, or one for each
 checkpoint = ()               # checkpoint files or run folders; empty: the newest run
 images_per_prompt = 0         # pictures of each prompt; 0: 1, or GenEval's 4
@@ -199,8 +199,8 @@ def draw_geneval():
     import generated  # which imports this file
     import geneval
     if prompt or len(negative_prompt) > 1 or len(checkpoint) > 1:
-        raise ValueError("GenEval's prompts file goes with no --prompt, and with one --checkpoint and --negative_prompt at "
-                         "most")
+        raise ValueError("GenEval's prompts file goes with no --prompt, and with one --checkpoint and one "
+                         "--negative_prompt at most")
     prompts, (rank, world) = geneval.read_prompts(prompts_file), generated.processes()
     model = load(next(iter(checkpoint), ""), device, ema, vae, text_encoder, dtype, offload, compile, scaling_factor)
     jobs = [(name, prompts[i]["prompt"], seed + n)

@@ -107,7 +107,7 @@ def test_clip_equals_transformers(models):
 
 
 def test_numbers_equal_their_definitions(models, evaluate):
-    """FID and CLIP-FID from np.cov, CLIP score from transformers' features, on pictures of 40 px against 60 x 44 ones"""
+    """FID and CLIP-FID from np.cov, CLIP score from transformers' features, on pictures of 40 px against 60 x 44"""
     found = evaluate(
         images=(str(models / "made"),), captions=str(models / "captions.txt"), reference=str(models / "real")
     )
@@ -281,7 +281,7 @@ def test_drawn_set_needs_no_download_and_plots_a_curve(models, evaluate, tmp_pat
 
 
 def test_killed_and_shared_evaluations_end_with_the_same_file(models, tmp_path):
-    """One process undisturbed; two processes, killed as soon as pictures are there, started again, and as one process"""
+    """One process undisturbed; two processes, killed when pictures are there, started again, also as one"""
 
     def command(out, processes):
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -291,8 +291,8 @@ def test_killed_and_shared_evaluations_end_with_the_same_file(models, tmp_path):
                 "--steps=3", "--batch_size=2", "--device=cpu", "--out", tmp_path / out]  # fmt: skip
 
     def start(out, processes):
-        return subprocess.Popen(list(map(str, command(out, processes))), cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
+        return subprocess.Popen(list(map(str, command(out, processes))), cwd=ROOT, text=True, stderr=subprocess.PIPE,
+                                stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
 
     one, two = start("one", 1), start("two", 2)
     until = time.time() + 120
