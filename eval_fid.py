@@ -18,14 +18,15 @@ checkpoint = ""               # checkpoint file or run folder; empty: the newest
 images = ()                   # or folders of pictures already made, each judged by itself
 captions = ""                 # prompts: .txt, one a line; COCO's .json or another list (.json, .jsonl, .tsv, .csv), the
                               # first caption of each picture; shapes or shapes_unseen: the drawn set's, with pairs of
-                              # colour and shape that were shown in training or not. Empty: shapes, if trained on it
+                              # colour and shape that were shown in training or not. Empty: shapes, if trained on it,
+                              # or with images their own
 count = 0                     # prompts, drawn by caption_seed; 0: all (of the drawn set 256)
 caption_seed = 0              # which prompts, where there are more than count
 # what it is compared with
 reference = ""                # folder of real pictures, .npz of their statistics (with FILE.clip.npz beside it for
                               # CLIP-FID), or shapes: the drawn pictures of the prompts
 matched = False               # of the reference folder only the pictures whose captions are the prompts
-save_reference = ""           # write the reference's statistics to this .npz, and FILE.clip.npz
+save_reference = ""           # write the reference's statistics to this FILE.npz, and FILE.clip.npz
 # how
 metrics = ()                  # of fid, clip_fid, clip_score, attributes; empty: the first three, for shapes the last
 resolution = 0                # side at which pictures are compared: shorter side resized, then the centre; 0: that of
@@ -58,33 +59,42 @@ if __name__ == "__main__":
 
 import hashlib
 import json
-import random
+import math
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import PIL
 import torch
 import torch.distributed as dist
-from PIL import Image
 
-import captions as caption_files
 import checkpoint as checkpoints
 import features
 import frechet
 import generated
 import inception as inception_network
+import prompts
 import sample
 import shapes
 from clip import Clip
 from dataset import write_atomic
 from machine import pick_device, shared_store
+from pictures import load
 from plot import plot
 from sources import pictures_below
 
 METRICS = ("fid", "clip_fid", "clip_score", "attributes")
-DRAWN = {"shapes": False, "shapes_unseen": True}  # captions of the drawn set: held out pairs?
-FIRST_SCENE = 10_000_000  # of the drawn set, as in eval_shapes.py: no training set uses these
+DISTANCES = ("fid", "clip_fid")
 FEW = 10_000  # pictures below which a distance says little
+
+
+@dataclass
+class Judged:
+    """A folder of pictures, and what is known of it"""
+    folder: Path
+    items: list                 # [(path, caption or None)]
+    scale: float = None         # guidance
+    described: dict = None      # its generated.json
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,7 +103,7 @@ FEW = 10_000  # pictures below which a distance says little
 
 def check_settings():
     """The metrics; ValueError where settings do not fit together"""
-    drawn = captions in DRAWN
+    drawn = captions in prompts.DRAWN
     chosen = tuple(metrics) or (("attributes",) if drawn else METRICS[:3])
     for name, value, options in [("metrics", m, METRICS) for m in chosen] + [
             ("resize", resize, tuple(inception_network.RESIZES)), ("sampler", sampler, ("heun", "dpmpp_2m"))]:
@@ -102,133 +112,70 @@ def check_settings():
     if count < 0 or resolution < 0 or batch_size < 1 or steps < 1:
         raise ValueError(f"count {count}, resolution {resolution}, batch_size {batch_size}, steps {steps}: the first "
                          "two must be at least 0, the others at least 1")
-    if not guidance_scales:
-        raise ValueError("guidance_scales is empty: give one or more, -1 for the run's own")
     if "attributes" in chosen and not drawn:
         raise ValueError("the metric attributes is of the drawn set: --captions shapes")
-    distances = [m for m in chosen if m in ("fid", "clip_fid")]
-    if distances and not reference:
-        raise ValueError(f"{' and '.join(distances)} need a --reference: a folder of real pictures or an .npz of their "
-                         "statistics. Without one: --metrics clip_score")
-    if distances and reference != "shapes" and not Path(reference).is_dir() and not (
-            reference.endswith(".npz") and Path(reference).is_file()):
-        raise ValueError(f"no reference {reference}: it must be a folder of pictures or an .npz of statistics")
-    if reference == "shapes" and not drawn:
-        raise ValueError("--reference shapes is the drawn pictures of --captions shapes")
-    if (matched or save_reference) and (not reference or reference.endswith(".npz") or reference == "shapes"):
-        raise ValueError("matched and save_reference are about a --reference folder of pictures")
-    if matched and (drawn or captions.endswith(".txt") or not captions):
-        raise ValueError("matched needs --captions that name their pictures, as COCO's do")
+    if not all(math.isfinite(s) and (s >= 0 or s == -1) for s in guidance_scales) or not guidance_scales or (
+            len({f"{s:g}" for s in guidance_scales}) < len(guidance_scales)):
+        raise ValueError(f"guidance_scales {guidance_scales}: at least one, all different, from 0 on, or -1 for the "
+                         "run's own")
+    if images and (checkpoint or tuple(guidance_scales) != (-1.0,) or (count and not (matched or drawn))):
+        raise ValueError("checkpoint, guidance_scales and count are about pictures to be drawn, and images are there "
+                         "already: leave them out")
+    check_reference([m for m in chosen if m in DISTANCES], drawn)
     return chosen
 
 
-def read_prompts(path, size):
-    """[(name of the caption's picture or None, caption, attributes or None)] of all prompts, in order; and the names of
-    the pictures that have no caption
-    """
-    if path in DRAWN:
-        scenes = [shapes.scene(FIRST_SCENE + i, DRAWN[path], size) for i in range(count or 256)]
-        return [(None, caption, attributes) for _, caption, attributes in scenes], []
-    file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"no captions file {path}: give a .txt with a prompt a line, or a list "
-                         f"({', '.join(caption_files.TABLES)})")
-    if file.suffix.lower() == ".txt":
-        lines = file.read_text(encoding="utf-8").splitlines()
-        found = [(None, line.strip(), None) for line in lines if line.strip()]
-    elif file.suffix.lower() in caption_files.TABLES:
-        try:
-            records = caption_files.records(file.name, file.read_bytes())
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"captions file {path} cannot be read ({type(error).__name__}: {error})") from None
-        found = [(names[0] if names else None, caption, None) for names, caption in records]
-    else:
-        raise ValueError(f"captions file {path}: it must be .txt or {', '.join(caption_files.TABLES)}")
-    without = [str(name) for name, caption, _ in found if not caption]
-    found = [entry for entry in found if entry[1]]
-    if not found:
-        raise ValueError(f"captions file {path} holds no captions")
-    return found, without
+def check_reference(distances, drawn):
+    if distances and not reference:
+        raise ValueError(f"{' and '.join(distances)} need a --reference: a folder of real pictures or an .npz of their "
+                         "statistics. Without one: --metrics clip_score")
+    statistics = reference.endswith(".npz") and Path(reference).is_file()
+    if distances and reference != "shapes" and not Path(reference).is_dir() and not statistics:
+        raise ValueError(f"no reference {reference}: it must be a folder of pictures or an .npz of statistics")
+    if reference == "shapes" and not drawn:
+        raise ValueError("--reference shapes is the drawn pictures of --captions shapes")
+    if (matched or save_reference) and (not distances or reference == "shapes" or statistics):
+        raise ValueError("matched and save_reference are about a --reference folder of pictures, for fid and clip_fid")
+    if save_reference and not save_reference.endswith(".npz"):
+        raise ValueError(f"save_reference {save_reference}: its name must end with .npz")
+    if matched and (not captions or prompts.in_order(captions)):
+        raise ValueError("matched needs --captions that name their pictures, as COCO's do")
+    if count == 1 and distances:
+        raise ValueError("count is 1: a distance needs at least two pictures, and thousands to mean much")
 
 
-def choose(entries):
-    """`count` of them, drawn by caption_seed, in their order"""
-    if not count or len(entries) == count:
-        return entries
-    if len(entries) < count:
-        raise ValueError(f"{captions} has {len(entries):,} captions, and count is {count:,}")
-    rng = random.Random(caption_seed)
-    ranks = [rng.random() for _ in entries]  # the one method whose sequence Python promises to keep
-    return [entries[i] for i in sorted(sorted(range(len(entries)), key=ranks.__getitem__)[:count])]
-
-
-def captions_of(folder, wanted, entries):
-    """[(path, caption or None)] of the pictures in a folder, ValueError if one that should be there is not.
-
-    Captions: the captions file (those of .txt and of the drawn set, `entries`, in the order of the pictures' names),
-    else what eval_fid.py wrote, else the prompt in the PNG, else NAME.txt beside it.
-    """
-    listed, folder = Path(folder) / generated.CAPTIONS, Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"no folder of pictures {folder}")
-    paths = sorted(pictures_below(folder))
-    if listed.exists():
-        names = {p.relative_to(folder).as_posix(): p for p in paths}
-        lines = [json.loads(line) for line in listed.read_text(encoding="utf-8").splitlines()]
-        missing = [line["image"] for line in lines if line["image"] not in names]
-        if missing:
-            raise ValueError(f"{len(missing):,} pictures of {listed} are not there: {', '.join(missing[:10])}")
-        paths = [names[line["image"]] for line in lines]
-    if not paths:
-        raise ValueError(f"no pictures in {folder}")
-    in_order = captions in DRAWN or captions.endswith(".txt")
-    if in_order and len(entries) != len(paths):
-        raise ValueError(f"{captions} has {len(entries):,} prompts, {folder} {len(paths):,} pictures: prompt i must "
-                         "belong to the i-th picture in the order of their names")
-    if "clip_score" not in wanted:
-        return [(path, None) for path in paths]
-    if in_order:
-        texts = [caption for _, caption, _ in entries]
-    elif captions:
-        look_up = caption_files.read_captions(captions)
-        texts = [look_up(path.relative_to(folder).as_posix()) for path in paths]
-    elif listed.exists():
-        texts = [line["caption"] for line in lines]
-    else:
-        texts = [own_caption(path) for path in paths]
-    without = [str(path) for path, text in zip(paths, texts) if not text]
-    if without:
-        raise ValueError(f"{len(without):,} of {len(paths):,} pictures have no caption, which the CLIP score needs: "
-                         f"{', '.join(without[:10])}. Name a file with --captions, or choose --metrics fid clip_fid")
-    return list(zip(paths, texts))
-
-
-def own_caption(path):
-    """The prompt that sample.py wrote into a PNG, or the text beside a picture, or None"""
-    try:
-        with Image.open(path) as image:
-            if prompt := getattr(image, "text", {}).get("prompt"):
-                return prompt
-    except Exception:
-        return None  # what is wrong with the picture is said when it is measured
-    return caption_files.text_of(path.parent, path.name)
+def captions_of_run(run):
+    """"shapes" for a network of the drawn set; ValueError for others, whose captions must be named"""
+    sets = []
+    if run.suffix == ".safetensors":
+        said = checkpoints.read(run, ("none",))[0]["data"].get("settings", {})
+        sets = said if isinstance(said, list) else [said]
+    if not sets or any(s.get("source") != "shapes" for s in sets):
+        raise ValueError(f"{run} is not of the drawn set: name prompts with --captions")
+    return "shapes"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The reference
 
 
-def reference_pictures(names):
+def reference_pictures(found):
     """Paths of the reference folder's pictures, with `matched` those of the prompts alone"""
     folder = Path(reference)
     paths = sorted(pictures_below(folder))
     if matched:
-        by_name = {path.relative_to(folder).as_posix(): path for path in paths}
-        by_name |= {path.name: path for path in paths}
-        missing = [name for name in names if name not in by_name]
-        if missing:
-            raise ValueError(f"{len(missing):,} pictures of {captions} are not in {folder}: {', '.join(missing[:10])}")
-        paths = [by_name[name] for name in names]
+        by_end = {}
+        for path in paths:
+            by_end.setdefault(path.name, []).append(path)
+        exact = {path.relative_to(folder).as_posix(): [path] for path in paths}
+        places = {p.picture: exact.get(p.picture) or by_end.get(Path(p.picture).name, []) for p in found}
+        if "" in places:
+            raise ValueError(f"matched: the captions of {captions} do not all name a picture")
+        for problem, wrong in (("are not in", [name for name, there in places.items() if not there]),
+                               ("are there several times in", [n for n, there in places.items() if len(there) > 1])):
+            if wrong:
+                raise ValueError(f"{len(wrong):,} pictures of {captions} {problem} {folder}: {', '.join(wrong[:10])}")
+        paths = [place for place, in places.values()]
     if len(paths) < 2:
         raise ValueError(f"{len(paths)} pictures in {folder}: a reference needs two, and thousands to mean much")
     return paths
@@ -238,26 +185,6 @@ def clip_file(path):
     return str(Path(path).with_suffix(".clip.npz"))
 
 
-def read_statistics(networks, wanted, side):
-    """({metric: (mu, sigma)}, what they say of themselves) of the reference's files"""
-    found, said = {}, {}
-    for metric, path in (("fid", reference), ("clip_fid", clip_file(reference))):
-        if metric in wanted:
-            if metric == "clip_fid" and not Path(path).is_file():
-                raise ValueError(f"clip_fid needs the reference's CLIP statistics, {path}: make both with --reference "
-                                 f"FOLDER --save_reference {reference}, or choose --metrics without clip_fid")
-            mu, sigma, about = frechet.load(path)
-            now = about_reference(networks, metric, side)
-            differ = [f"{k}: {about[k]} there, {v} now" for k, v in now.items() if k in about and about[k] != v]
-            if differ:
-                raise ValueError(f"{path} was made otherwise ({'; '.join(differ)}): use the same settings, or make it "
-                                 "again")
-            found[metric], said[metric] = (mu, sigma), about
-            if not about:
-                print(f"note: {path} does not say how it was made: whether {now} fits it is yours to know")
-    return found, said
-
-
 def about_reference(networks, metric, side):
     """What a reference's statistics depend on, beside its pictures"""
     if metric == "clip_fid":
@@ -265,33 +192,128 @@ def about_reference(networks, metric, side):
     return {"network_sha256": networks.inception.sha256, "resize": resize, "resolution": side}
 
 
-def hash_of_files(paths):
-    """Of names and sizes, which is enough to notice another set"""
-    return hashlib.sha256("\n".join(f"{p.name} {p.stat().st_size}" for p in paths).encode()).hexdigest()
+def read_statistics(networks, metric, path, side):
+    """(mu, sigma, what is said of them) of a reference's file; ValueError if it cannot be compared with"""
+    if not Path(path).is_file():
+        raise ValueError(f"{metric} needs the reference's CLIP statistics, {path}: make both with --reference FOLDER "
+                         f"--save_reference {reference}, or choose --metrics without {metric}")
+    mu, sigma, about = frechet.load(path)
+    width = inception_network.WIDTH if metric == "fid" else networks.clip_fid.model.config.projection_dim
+    if len(mu) != width:
+        raise ValueError(f"{path} is of {len(mu)} features, {metric} has {width}: it is of another network")
+    try:
+        frechet.factor(sigma, "reference's")  # what is no covariance is better refused now than in the end
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    now = about_reference(networks, metric, side)
+    differ = [f"{k}: {about[k]} there, {v} now" for k, v in now.items() if k in about and about[k] != v]
+    if differ:
+        raise ValueError(f"{path} was made otherwise ({'; '.join(differ)}): use the same settings, or make it again")
+    if not about and generated.processes()[0] == 0:
+        print(f"note: {path} does not say how it was made: whether {now} fits it is yours to know")
+    return mu, sigma, {"file": path, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(), "about": about}
 
 
-def measure_reference(networks, wanted, entries, scenes, side):
+def measure_reference(networks, wanted, found, side, scenes):
     """({metric: (mu, sigma)}, what is said of the reference); the statistics only in the first process"""
-    if not any(m in wanted for m in ("fid", "clip_fid")):
+    wanted = [m for m in DISTANCES if m in wanted]
+    if not wanted:
         return {}, None
     if reference.endswith(".npz"):
-        found, said = read_statistics(networks, wanted, side)
-        return found, {"statistics": reference, "about": said}
-    paths = scenes if reference == "shapes" else reference_pictures([name for name, *_ in entries])
+        paths = {"fid": reference, "clip_fid": clip_file(reference)}
+        files = {m: read_statistics(networks, m, paths[m], side) for m in wanted}
+        return {m: (mu, sigma) for m, (mu, sigma, _) in files.items()}, {m: said for m, (*_, said) in files.items()}
+    paths = scenes or reference_pictures(found)
     without_score = features.Networks(networks.inception, resize, networks.clip_fid, None, networks.device)
     sums = features.measure(without_score, [(path, None) for path in paths], side, False, batch_size,
                             f"reference {reference}")
     if sums is None:
         return {}, None
-    found = {name: (s.mu, s.sigma) for name, s in sums.statistics.items()}
+    if sums.smaller:
+        print(f"note: {sums.smaller:,} of {sums.count:,} reference pictures were smaller than {side} px and enlarged")
+    statistics = {name: (s.mu, s.sigma) for name, s in sums.statistics.items()}
     said = {"source": reference, "pictures": sums.count, "smaller_than_resolution": sums.smaller, "matched": matched,
-            "files_sha256": hash_of_files(paths)}
-    if save_reference:
-        for metric, path in (("fid", save_reference), ("clip_fid", clip_file(save_reference))):
-            if metric in found:
-                Path(path).parent.mkdir(parents=True, exist_ok=True)
-                frechet.save(path, *found[metric], **about_reference(networks, metric, side), **said)
-    return found, said
+            "pictures_sha256": sums.sha256.hexdigest()}
+    for metric in wanted if save_reference else ():
+        path = save_reference if metric == "fid" else clip_file(save_reference)
+        frechet.save(path, *statistics[metric], **about_reference(networks, metric, side), **said)
+    return statistics, said
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The pictures
+
+
+def load_run(run, where):
+    """(network, prompts, what is said, side of its pictures)"""
+    model = sample.load(run, where, ema, vae, text_encoder, dtype, offload, compile, scaling_factor)
+    size = model.config.latent_size * model.vae.downsample
+    if size < resolution:
+        raise ValueError(f"{run} draws pictures of {size} x {size}, smaller than resolution {resolution}: enlarged "
+                         f"they would be judged for the enlarging. Give a --resolution of at most {size}")
+    found, without = prompts.read(captions, count, size)
+    if captions not in prompts.DRAWN:
+        found = prompts.choose(found, count, caption_seed, captions)
+    return model, found, {"checkpoint": model.name, "captions": {
+        "source": captions, "prompts": len(found), "caption_seed": caption_seed, "pictures_without": len(without),
+        "sha256": generated.hash_of([prompt.caption for prompt in found])}}, size
+
+
+def folders_to_draw(model, found):
+    """([Judged] of the guidance scales, [(name, prompt, seed)] to draw in each). ValueError if one of the folders holds
+    other pictures, before any is drawn.
+    """
+    jobs = [(f"{i:05d}.png", prompt.caption, seed + i) for i, prompt in enumerate(found)]
+    common = generated.describe(model, jobs, steps=steps, sampler=sampler, sigma_max=sigma_max, seed=seed,
+                                batch_size=batch_size)
+    judged = []
+    for scale in dict.fromkeys(s if s >= 0 else model.guidance_scale for s in guidance_scales):
+        folder, described = Path(out) / f"guidance_{scale:g}", common | {"guidance_scale": scale}
+        generated.open_folder(folder, described, jobs)
+        judged.append(Judged(folder, [(folder / name, caption) for name, caption, _ in jobs], scale, described))
+    return judged, jobs
+
+
+def folders_there(wanted):
+    """([Judged] of --images, prompts, what is said, side of their pictures)"""
+    folders = {folder: prompts.pictures_of(folder) for folder in images}
+    side, found = side_of([paths[0] for paths in folders.values()]), []
+    if prompts.in_order(captions) or matched:
+        size = len(next(iter(folders.values())))
+        found = prompts.read(captions, size, side)[0]
+        found = prompts.choose(found, count, caption_seed, captions) if matched else found
+    judged, said = [], {}
+    for folder, paths in folders.items():
+        texts = [None] * len(paths)
+        if "clip_score" in wanted:
+            texts = prompts.captions_for(folder, paths, captions, found)
+            said[folder] = {"source": captions or "the folder's own", "sha256": generated.hash_of(texts)}
+        described = generated.read_described(folder)
+        judged.append(Judged(Path(folder), list(zip(paths, texts)), (described or {}).get("guidance_scale"), described))
+    if "attributes" in wanted and any(len(j.items) != len(found) for j in judged):
+        raise ValueError("the folders have different numbers of pictures: judge them one by one")
+    return judged, found, {"captions": said}, side
+
+
+def side_of(paths):
+    """`resolution`, or the side of the pictures, the first of each folder; ValueError if these differ"""
+    sides = {features.size_of_first(path, resolution)[0] for path in paths}
+    if resolution or len(sides) == 1:
+        return resolution or sides.pop()
+    raise ValueError(f"the folders' pictures have sides of {', '.join(map(str, sorted(sides)))}: give a --resolution")
+
+
+def drawn_reference(n, side, rank, world):
+    """The drawn pictures of the first n prompts, as files"""
+    folder = Path(out) / "reference"
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        for i in range(n):
+            image = shapes.scene(prompts.FIRST_SCENE + i, prompts.DRAWN[captions], side)[0]
+            write_atomic(folder / f"{i:05d}.png", lambda file, image=image: image.save(file, "PNG"))
+    if world > 1:
+        dist.barrier()
+    return [folder / f"{i:05d}.png" for i in range(n)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -300,6 +322,10 @@ def measure_reference(networks, wanted, entries, scenes, side):
 
 def set_up():
     """(rank, number of processes, device)"""
+    for folder in [Path(out), *([Path(save_reference).parent] if save_reference else [])]:
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file, a folder is wanted")
+        folder.mkdir(parents=True, exist_ok=True)
     rank, world = generated.processes()
     where = pick_device(device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -337,96 +363,23 @@ def about_networks(networks):
     return said
 
 
-def judged(networks, items, entries, wanted, reference_statistics, side, what):
-    """{"pictures", metric: number} of pictures [(path, caption)]; None but in the first process"""
-    sums = features.measure(networks, items, side, True, batch_size, what)
+def judge(networks, judged, found, wanted, statistics, side):
+    """An entry of the results; None but in the first process"""
+    sums = features.measure(networks, judged.items, side, True, batch_size, str(judged.folder))
     if sums is None:
         return None
-    found = {"pictures": sums.count}
-    if "attributes" in wanted:
-        found["attributes"] = attributes(items, entries)
-    for metric in ("fid", "clip_fid"):
+    result = {"guidance_scale": judged.scale, "pictures": sums.count, "pictures_sha256": sums.sha256.hexdigest()}
+    for metric in DISTANCES:
         if metric in wanted:
             ours = sums.statistics[metric]
-            found[metric] = round(frechet.distance(ours.mu, ours.sigma, *reference_statistics[metric]), 4)
+            result[metric] = round(frechet.distance(ours.mu, ours.sigma, *statistics[metric]), 4)
     if "clip_score" in wanted:
-        found["clip_score"] = round(sums.clip_score / sums.count, 4)
-    return found
-
-
-def load_run(run, where):
-    """(network, entries, side of its pictures, what is said)"""
-    model = sample.load(run, where, ema, vae, text_encoder, dtype, offload, compile, scaling_factor)
-    size = model.config.latent_size * model.vae.downsample
-    if size < resolution:
-        raise ValueError(f"{run} draws pictures of {size} x {size}, smaller than resolution {resolution}: enlarged "
-                         f"they would be judged for the enlarging. Give a --resolution of at most {size}")
-    entries, without = read_prompts(captions, size)
-    entries = entries if captions in DRAWN else choose(entries)
-    return model, entries, size, {"checkpoint": model.name, "captions": {
-        "source": captions, "prompts": len(entries), "caption_seed": caption_seed, "pictures_without": len(without),
-        "sha256": generated.hash_of([caption for _, caption, _ in entries])}}
-
-
-def draw_all(model, entries, rank, world):
-    """folders as in main, drawn by all processes"""
-    jobs = [(f"{i:05d}.png", caption, seed + i) for i, (_, caption, _) in enumerate(entries)]
-    how = {"steps": steps, "sampler": sampler, "sigma_max": sigma_max}
-    folders = []
-    for scale in guidance_scales:
-        scale = scale if scale >= 0 else model.guidance_scale
-        folder = Path(out) / f"guidance_{scale:g}"
-        described = generated.describe(model, jobs, guidance_scale=scale, seed=seed, batch_size=batch_size, **how)
-        generated.open_folder(folder, described, jobs)
-        generated.fill(model, folder, jobs, rank, world, batch_size, guidance_scale=scale, **how)
-        folders.append((scale, folder, [(folder / name, caption) for name, caption, _ in jobs], described))
-    if world > 1:
-        dist.barrier()  # every process measures pictures that others drew
-    return folders
-
-
-def drawn_reference(size, rank, world):
-    """The drawn pictures of the prompts, as files"""
-    folder, n = Path(out) / "reference", count or 256
-    if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        for i in range(n):
-            image = shapes.scene(FIRST_SCENE + i, DRAWN[captions], size)[0]
-            write_atomic(folder / f"{i:05d}.png", lambda file, image=image: image.save(file, "PNG"))
-    if world > 1:
-        dist.barrier()
-    return [folder / f"{i:05d}.png" for i in range(n)]
-
-
-def find_all(wanted):
-    """(folders as in main, entries, what is said) of pictures already made"""
-    entries = []
-    if captions in DRAWN or captions.endswith(".txt"):
-        entries = read_prompts(captions, side_of([next(iter(sorted(pictures_below(images[0]))), images[0])]))[0]
-    elif matched:
-        entries = choose(read_prompts(captions, 0)[0])
-    said = {"captions": {"source": captions or "beside the pictures"}} if "clip_score" in wanted else {}
-    folders = []
-    for folder in images:
-        described = Path(folder) / generated.DESCRIBED
-        items = captions_of(folder, wanted, entries)
-        folders.append((None, Path(folder), items, json.loads(described.read_text()) if described.exists() else None))
-        said.setdefault("captions", {})[f"sha256 {folder}"] = generated.hash_of([caption for _, caption in items])
-    return folders, entries, said
-
-
-def side_of(paths):
-    """`resolution`, or the side of the pictures, the first of each folder; ValueError if these differ"""
-    sides = {features.size_of_first(path, resolution)[0] for path in paths}
-    if resolution or len(sides) == 1:
-        return resolution or sides.pop()
-    raise ValueError(f"the folders' pictures have sides of {', '.join(map(str, sorted(sides)))}: give a --resolution")
-
-
-def attributes(items, entries):
-    """shapes.read's scores of the pictures, {name: [right, of]}"""
-    pictures = [Image.open(path) for path, _ in items]
-    return {name: list(n) for name, n in shapes.score(pictures, [wanted for *_, wanted in entries]).items()}
+        result["clip_score"] = round(sums.clip_score / sums.count, 4)
+    if "attributes" in wanted:
+        drawn = (load(path.read_bytes(), 1) for path, _ in judged.items)
+        scores = shapes.score(drawn, [prompt.attributes for prompt in found])
+        result["attributes"] = {name: list(n) for name, n in scores.items()}
+    return result | {"generated": judged.described}
 
 
 def main():
@@ -436,78 +389,84 @@ def main():
     wanted = check_settings()
     rank, world, where = set_up()
     networks = load_networks(wanted, where, rank, world)
-    # folders: [(guidance scale or None, folder, [(path, caption or None)], its generated.json or None)]
-    # entries: [(name of the caption's picture or None, caption, attributes or None)]
     if run:
-        model, entries, side, said = load_run(run, where)
+        model, found, said, side = load_run(run, where)
+        all_judged, jobs = folders_to_draw(model, found)
     else:
-        folders, entries, said = find_all(wanted)
-        side = side_of([items[0][0] for _, _, items, _ in folders])
+        all_judged, found, said, side = folders_there(wanted)
     side = resolution or side
-    # before anything is drawn, as it may be at fault
-    scenes = drawn_reference(side, rank, world) if reference == "shapes" else []
-    statistics, reference_said = measure_reference(networks, wanted, entries, scenes, side)
+    if set(wanted) & set(DISTANCES) and any(len(j.items) < 2 for j in all_judged):
+        raise ValueError("a distance needs at least two pictures, and thousands to mean much")
+    # the reference comes before the drawing, as it may be at fault
+    scenes = drawn_reference(len(found), side, rank, world) if reference == "shapes" else []
+    statistics, said["reference"] = measure_reference(networks, wanted, found, side, scenes)
     if run:
-        folders = draw_all(model, entries, rank, world)
+        for j in all_judged:
+            generated.fill(model, j.folder, jobs, rank, world, batch_size, guidance_scale=j.scale, steps=steps,
+                           sampler=sampler, sigma_max=sigma_max)
+        if world > 1:
+            dist.barrier()  # every process measures pictures that others drew
         del model
-    results = []
-    for scale, folder, items, described in folders:
-        found = judged(networks, items, entries, wanted, statistics, side, str(folder))
-        if found:
-            where_from = folder.name if run else str(folder)
-            results.append({"folder": where_from, "guidance_scale": scale, **found, "generated": described})
+    results = {}
+    for j in all_judged:
+        results[j.folder.name if run else str(j.folder)] = judge(networks, j, found, wanted, statistics, side)
     if rank == 0:
-        protocol = {"metrics": list(wanted), "resolution": side, **said, "reference": reference_said}
+        protocol = {"metrics": list(wanted), "resolution": side, "device": where.type, **said}
         write_results(protocol | about_networks(networks), results)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
 
 
-def captions_of_run(run):
-    """"shapes" for a network of the drawn set; ValueError for others, whose captions must be named"""
-    source = ""
-    if run.suffix == ".safetensors":
-        source = checkpoints.read(run, ("none",))[0]["data"].get("settings", {}).get("source", "")
-    if source != "shapes":
-        raise ValueError(f"{run} is not of the drawn set: name prompts with --captions")
-    return "shapes"
-
-
 def write_results(protocol, results):
-    """The JSON file, a table, and with several guidance scales the plot"""
+    """results.json, a table, and with several guidance scales the plot. Another result that is there is kept."""
     import transformers
     software = {"torch": torch.__version__.partition("+")[0], "pillow": PIL.__version__,
                 "transformers": transformers.__version__}
+    entries = [{"folder": folder, **result} for folder, result in results.items()]
+    text = json.dumps({"results": entries, "protocol": protocol, "software": software}, indent=1) + "\n"
     path = Path(out) / "results.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"results": results, "protocol": protocol, "software": software}, indent=1) + "\n"
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        n = next(n for n in range(1, 10 ** 6) if not path.with_name(f"results.{n}.json").exists())
+        path.rename(path.with_name(f"results.{n}.json"))
+        print(f"the results of an earlier evaluation are now in {path.with_name(f'results.{n}.json')}")
     write_atomic(path, lambda file: file.write(text.encode()))
-    for r in results:
-        print(f"{r['folder']}: {r['pictures']:,} pictures at {protocol['resolution']} px")
-        for metric, how in (("fid", f"resize {resize}"), ("clip_fid", clip_fid), ("clip_score", clip)):
-            if metric in r:
-                print(f"  {metric:12} {r[metric]:9.4f}   ({how})")
-        for name, (right, of) in r.get("attributes", {}).items():
-            print(f"  {name:12} {100 * right / of if of else 0:8.1f} %  ({right} of {of})")
-        if min(r["pictures"], FEW) < FEW and "fid" in r:
-            print(f"  note: distances of fewer than {FEW:,} pictures come out too high: compare with as many alone")
+    for entry in entries:
+        print_entry(entry, protocol["resolution"])
     if not protocol.get("inception", {"published": True})["published"]:
         print(f"note: {inception} is not the published Inception: this FID compares with no other")
-    points = [(r["fid"], r["clip_score"]) for r in results if "fid" in r and "clip_score" in r]
-    if len(points) > 1 and len(points) == len(results):
-        labels = [f"{r['guidance_scale']:g}" if r["guidance_scale"] is not None else r["folder"] for r in results]
-        fid_label = f"FID ({resize}, {results[0]['pictures']:,} pictures)"
-        plot(Path(out) / "fid_clip.png", {"guidance scale": points}, fid_label, f"CLIP score ({clip})",
-             labels={"guidance scale": labels})
-        print(f"plot: {Path(out) / 'fid_clip.png'}")
+    draw_curve(entries)
     print(f"all of it: {path}")
+
+
+def print_entry(entry, side):
+    print(f"{entry['folder']}: {entry['pictures']:,} pictures at {side} px")
+    for metric, how in (("fid", f"resize {resize}"), ("clip_fid", clip_fid), ("clip_score", clip)):
+        if metric in entry:
+            print(f"  {metric:12} {entry[metric]:9.4f}   ({how})")
+    for name, (right, of) in entry.get("attributes", {}).items():
+        print(f"  {name:12} {100 * right / of:8.1f} %  ({right} of {of})" if of else f"  {name:12}     none")
+    if "fid" in entry and entry["pictures"] < FEW:
+        print(f"  note: distances of fewer than {FEW:,} pictures come out too high: compare with as many alone")
+
+
+def draw_curve(entries):
+    """FID against CLIP score, where there are both at several guidance scales"""
+    points = {e["guidance_scale"]: (e["fid"], e["clip_score"]) for e in entries if "fid" in e and "clip_score" in e}
+    if len(points) > 1 and None not in points and len(points) == len(entries):
+        path, scales = Path(out) / "fid_clip.png", sorted(points)
+        fid_label = f"FID ({resize}, {entries[0]['pictures']:,} pictures)"
+        plot(path, {"guidance scale": [points[s] for s in scales]}, fid_label, f"CLIP score ({clip})",
+             labels={"guidance scale": [f"{s:g}" for s in scales]})
+        print(f"plot: {path}")
 
 
 if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        raise SystemExit(f"eval_fid.py: {error}" if generated.processes()[0] == 0 else 1) from None
+        # a ValueError is met by all processes alike, as settings and files are the same for them
+        alike = isinstance(error, ValueError) and generated.processes()[0] > 0
+        raise SystemExit(1 if alike else f"eval_fid.py: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit("eval_fid.py: stopped. The same command goes on with the pictures that are there") from None

@@ -4,6 +4,7 @@ Picture files -> sums of their features: Inception's and CLIP's, for FID, CLIP-F
 The processes of torchrun share the batches, and the first one adds up what all found in the order of the batches, in
 float64: so the numbers do not depend on how many processes there were.
 """
+import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -34,11 +35,14 @@ class Networks:
 
 @dataclass
 class Sums:
-    """Of pictures: statistics {"fid", "clip_fid"}, the sum of CLIP scores, how many, and how many of them smaller"""
+    """Of pictures: statistics {"fid", "clip_fid"}, the sum of CLIP scores, how many, how many of them were smaller than
+    the resolution, a hash of their files' bytes in their order, and what is wrong with those that cannot be used
+    """
     statistics: dict = field(default_factory=dict)
     clip_score: float = 0.0
     count: int = 0
     smaller: int = 0
+    sha256: object = field(default_factory=hashlib.sha256)
     bad: list = field(default_factory=list)
 
     def add(self, found):
@@ -47,15 +51,16 @@ class Sums:
         self.clip_score += float(found["clip_scores"].sum())
         self.count += found["count"]
         self.smaller += found["smaller"]
+        self.sha256.update(found["digests"])
         self.bad += found["bad"]
 
 
-def picture_at(path, resolution, size):
-    """(PIL RGB square, whether it was smaller) of a file; Unusable with the reason.
+def picture_at(data, resolution, size):
+    """(PIL RGB square, whether it was smaller) of a file's bytes; Unusable with the reason.
 
     resolution: its shorter side becomes that (bicubic), then the centre. size: what it must have, (w, h), or None.
     """
-    image = load(path, 1)
+    image = load(data, 1)
     if size and image.size != size:
         raise Unusable(f"is {image.width} x {image.height}, and the first picture {size[0]} x {size[1]}")
     return Image.fromarray(square(image, resolution)), min(image.size) < resolution
@@ -64,12 +69,15 @@ def picture_at(path, resolution, size):
 def prepared(networks, path, resolution, size):
     """What the networks want to see of a picture, or the Unusable that says why there is none"""
     try:
-        image, smaller = picture_at(path, resolution, size)
+        data = path.read_bytes()
+        image, smaller = picture_at(data, resolution, size)
     except Unusable as reason:
         return reason
+    except OSError as error:
+        return Unusable(str(error))
     clips = {id(c): c for c in (networks.clip_fid, networks.clip_score) if c}
     return {"inception": inception.RESIZES[networks.resize](image) if networks.inception else None, "smaller": smaller,
-            "clip": {key: clip.prepare(image) for key, clip in clips.items()}}
+            "digest": hashlib.sha256(data).digest(), "clip": {key: clip.prepare(image) for key, clip in clips.items()}}
 
 
 def extract(networks, batch, ready):
@@ -77,7 +85,7 @@ def extract(networks, batch, ready):
     bad = [f"{path}: {r}" for (path, _), r in zip(batch, ready) if isinstance(r, Unusable)]
     kept = [(caption, r) for (_, caption), r in zip(batch, ready) if not isinstance(r, Unusable)]
     found = {"features": {}, "clip_scores": np.zeros(0), "bad": bad, "count": len(kept),
-             "smaller": sum(r["smaller"] for _, r in kept)}
+             "smaller": sum(r["smaller"] for _, r in kept), "digests": b"".join(r["digest"] for _, r in kept)}
     if not kept:
         return found
     n = networks
@@ -128,7 +136,7 @@ def measure(networks, items, resolution, same_size, batch_size, what):
 def size_of_first(path, resolution):
     """(w, h) that all pictures must have; ValueError if the first cannot be used"""
     try:
-        size = load(path, 1).size
+        size = load(path.read_bytes(), 1).size
     except Unusable as reason:
         raise ValueError(f"{path} cannot be used: {reason}") from None
     if size[0] != size[1]:

@@ -18,8 +18,9 @@ from tqdm import tqdm
 import sample
 from clip import tensors_hash
 from dataset import write_atomic
+from prompts import LISTED
 
-DESCRIBED, CAPTIONS = "generated.json", "captions.jsonl"
+DESCRIBED = "generated.json"
 
 
 def processes():
@@ -28,11 +29,11 @@ def processes():
 
 
 def describe(model, jobs, **settings):
-    """What the pictures of the jobs [(name, prompt, seed)] are a function of"""
+    """What the pictures of the jobs [(name, prompt, seed)] are a function of, the weights' hash among it"""
     weights = [getattr(part, "model", part) for part in (model, model.vae, model.text_encoder)]
     return {**settings, "pictures": len(jobs), "prompts_sha256": hash_of(jobs),
             "weights_sha256": tensors_hash(*(w for w in weights if isinstance(w, torch.nn.Module))),
-            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+            "device": model.device.type, "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
             "vae": str(getattr(model.vae, "name", "pixels")), "scaling_factor": model.vae.scaling_factor,
             "text_encoder": str(getattr(model.text_encoder, "name", "words"))}
 
@@ -45,6 +46,8 @@ def open_folder(folder, described, jobs):
     """Make the folder for these pictures, or find it made; ValueError says what differs if it holds others."""
     folder = Path(folder)
     path = folder / DESCRIBED
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, a folder is wanted: give another --out")
     pictures = any(folder.rglob("*.png"))  # before the other file is looked for, as every process writes that first
     if not path.exists():
         if pictures:
@@ -52,17 +55,28 @@ def open_folder(folder, described, jobs):
         folder.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps({"image": name, "caption": prompt, "seed": seed}) + "\n" for name, prompt, seed in jobs]
         # processes of one run may all do this at once, each with a temporary file of its own
-        write_once(folder / CAPTIONS, "".join(lines))
+        write_once(folder / LISTED, "".join(lines))
         write_once(path, json.dumps(described, indent=1) + "\n")
-    try:
-        there = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): delete {folder} or give another --out") from None
+    there = read_described(folder)
     differ = [f"{k}: {there.get(k)} there, {described.get(k)} now" for k in sorted({*there, *described})
               if there.get(k) != described.get(k)]
     if differ:
         raise ValueError(f"{folder} holds pictures that were made otherwise ({'; '.join(differ)}): delete it or give "
                          "another --out")
+
+
+def read_described(folder):
+    """What generated.json says, None if there is none; ValueError if it is damaged"""
+    path = Path(folder) / DESCRIBED
+    if not path.exists():
+        return None
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(there, dict):
+            raise ValueError("no JSON object")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete {folder}, or move that file away") from None
+    return there
 
 
 def write_once(path, text):

@@ -127,7 +127,9 @@ def write_layout(out, prompts):
     for name, prompt in zip(names, prompts):
         (out / name / "samples").mkdir(parents=True, exist_ok=True)
         if not (out / name / "metadata.jsonl").exists():
-            (out / name / "metadata.jsonl").write_text(json.dumps(prompt) + "\n", encoding="utf-8")
+            temporary = out / name / "metadata.jsonl.tmp"
+            temporary.write_text(json.dumps(prompt) + "\n", encoding="utf-8")
+            temporary.replace(out / name / "metadata.jsonl")  # whole or not at all
 
 
 def numbered(folder):

@@ -27,11 +27,12 @@ if __name__ == "__main__":
 import functools
 import json
 import os
+import queue
 import statistics
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -55,6 +56,10 @@ ARMS = {  # name: (what is special about it, its settings beside those of CONFIG
     "mixer_wide": ("deferred; a mixer as wide as the backbone, 96 instead of 64", {"mixer_dim": 96}),
     "no_scaling": ("deferred; all blocks alike", {"attn_ratio": (1.0, 1.0), "mlp_ratio": (1.25, 1.25)}),
     "dense": ("deferred; dense MLPs instead of experts", {"num_experts": 0})}
+BRANCHED = ("deferred", "deferred+unmasked")  # the second goes on from the first
+
+
+stopped = threading.Event()  # no run is to be begun any more
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -96,8 +101,12 @@ def call(script, given, slot):
     """Run a script of ours with these settings, on its share of the machine; its last line if it fails"""
     values = [[f"--{name}", *(map(str, value) if isinstance(value, (tuple, list)) else [str(value)])]
               for name, value in given.items() if value != ()]
+    if stopped.is_set():
+        raise ValueError("stopped")
     if torch.cuda.is_available():
-        share = {"CUDA_VISIBLE_DEVICES": str(slot)}
+        given_to_us = [n for n in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if n]
+        gpus = given_to_us or range(torch.cuda.device_count())
+        share = {"CUDA_VISIBLE_DEVICES": str(gpus[slot % len(gpus)])}
     else:
         share = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // slots()))}
     done = subprocess.run([sys.executable, *script, *(v for value in values for v in value)], text=True, check=False,
@@ -144,7 +153,7 @@ def logged(folder):
 def run(arm, seed, slot):
     """Train and measure one arm and seed -> what goes into its JSON file"""
     f = step_flops(arm)
-    found = {"arm": arm, "seed": seed, "protocol": protocol(), "parameters": f["parameters"], "points": {}}
+    found = {"arm": arm, "seed": seed, "protocol": protocol(arm), "parameters": f["parameters"], "points": {}}
     if arm == "deferred+unmasked":
         for point in ("steps", "flops"):
             found["points"][point] = run_tail(point, seed, slot)
@@ -152,10 +161,7 @@ def run(arm, seed, slot):
         del found["points"]["steps"]["curve"]
         return found
     folder, points = f"{out}/{arm}/seed{seed}", equal_points(arm)
-    wanted = set(points.values())
-    if arm == "deferred":  # "deferred+unmasked" branches off there
-        wanted |= {tail_of(point)[0] for point in points}
-    paths = {step: train_to(step, folder, options(arm, seed), slot) for step in sorted(wanted)}
+    paths = train_along(arm, seed, slot)
     seconds, losses = logged(folder)
     for point, step in points.items():
         loss, by_sigma = next((loss, by_sigma) for s, loss, by_sigma in losses if s == step)
@@ -165,11 +171,20 @@ def run(arm, seed, slot):
     return found
 
 
+def train_along(arm, seed, slot):
+    """{step: checkpoint} wherever the arm is compared, and "deferred" also where the unmasked part branches off"""
+    wanted = set(equal_points(arm).values())
+    if arm == "deferred":
+        wanted |= {tail_of(point)[0] for point in ("steps", "flops")}
+    folder = f"{out}/{arm}/seed{seed}"
+    return {step: train_to(step, folder, options(arm, seed), slot) for step in sorted(wanted)}
+
+
 def run_tail(point, seed, slot):
     """The unmasked part that branches off the run "deferred" with its weights and moments"""
     masked, unmasked = tail_of(point)
     trunk, f = f"{out}/deferred/seed{seed}", step_flops("deferred")
-    start = train_to(masked, trunk, options("deferred", seed), slot)
+    start = train_along("deferred", seed, slot)[masked]
     folder = f"{out}/deferred+unmasked/seed{seed}-equal-{point}"
     # another seed, so that it does not meet the pictures of the first steps again in their order; the average starts
     # with it and is shorter, as the part is short
@@ -183,11 +198,14 @@ def run_tail(point, seed, slot):
             "curve": [((spent + step * f["unmasked"]) / 1e12, loss) for step, loss, _ in losses]}
 
 
-def protocol():
-    """What runs must have in common to stand in one table"""
-    config = read_config(CONFIG, run_of(CONFIG)[1])
+def protocol(arm):
+    """What a run of an arm is a function of, besides its seed; all runs in a table must agree on it"""
+    sets = {}
+    for folder in (*data, *val_data):
+        info = read_info(folder)
+        sets[folder] = [info["rows"], info.get("source_hash", ""), info["settings"]]
     return json.loads(json.dumps({"data": data, "val_data": val_data, "budget": budget, "tail": tail, "count": count,
-                                  "config": config}))
+                                  "config": read_config(CONFIG, run_of(CONFIG)[1]), "arm": ARMS[arm][1], "sets": sets}))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,37 +221,37 @@ def run_all():
     wanted = [(arm, seed) for seed in seeds for arm in arms]
     missing = [job for job in wanted if not result_path(*job).exists()]
     print(f"{len(wanted)} runs, {len(missing)} of them to make, {slots()} side by side, into {out}/", flush=True)
-    free, lock = list(range(slots())), threading.Lock()
-    trunks = {seed: threading.Lock() for seed in seeds}  # a tail waits for the run that it branches off
+    # a job is a seed and arms to make one after the other: "deferred+unmasked" goes on where "deferred" was
+    together = [(seed, [arm for arm in BRANCHED if (arm, seed) in missing]) for seed in seeds]
+    alone = [(seed, [arm]) for arm, seed in missing if arm not in BRANCHED]
+    free = queue.SimpleQueue()
+    for slot in range(slots()):
+        free.put(slot)
 
-    def make(job):
-        arm, seed = job
-        with lock:
-            slot = free.pop(0)
-        try:
-            if arm in ("deferred", "deferred+unmasked"):
-                with trunks[seed]:
-                    found = run(arm, seed, slot)
-            else:
-                found = run(arm, seed, slot)
-        finally:
-            with lock:
-                free.append(slot)
-        path = result_path(arm, seed)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, lambda file: file.write((json.dumps(found, indent=1) + "\n").encode()))
-        print(f"{arm}, seed {seed}: " + ", ".join(
-            f"{p['val_loss']:.4f} at equal {name} ({p['step']:,} steps, {p['seconds'] / 60:.1f} min)"
-            for name, p in found["points"].items()), flush=True)
+    def make(seed, names):
+        slot = free.get()
+        for arm in names:
+            keep_result(run(arm, seed, slot))
+        free.put(slot)
+    stopped.clear()
     with ThreadPoolExecutor(slots()) as pool:
-        order = {"deferred": 0, "deferred+unmasked": 2}
-        jobs = [pool.submit(make, job) for job in sorted(missing, key=lambda job: (job[1], order.get(job[0], 1)))]
+        jobs = [pool.submit(make, *job) for job in sorted(together + alone, key=lambda job: (job[0], -len(job[1])))]
         try:
-            for job in jobs:
+            for job in as_completed(jobs):
                 job.result()
         except BaseException:
+            stopped.set()
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def keep_result(found):
+    path = result_path(found["arm"], found["seed"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, lambda file: file.write((json.dumps(found, indent=1) + "\n").encode()))
+    print(f"{found['arm']}, seed {found['seed']}: " + ", ".join(
+        f"{p['val_loss']:.4f} at equal {name} ({p['step']:,} steps, {p['seconds'] / 60:.1f} min)"
+        for name, p in found["points"].items()), flush=True)
 
 
 def read_all():
@@ -242,7 +260,7 @@ def read_all():
     for arm in ARMS:
         for path in sorted((Path(out) / arm).glob("seed*.json")):
             result = json.loads(path.read_text(encoding="utf-8"))
-            differ = [k for k, v in protocol().items() if result["protocol"].get(k) != v]
+            differ = [k for k, v in protocol(arm).items() if result["protocol"].get(k) != v]
             if differ:
                 raise ValueError(f"{path} was made with another {', '.join(differ)}: give another --out, or delete it")
             found.setdefault(arm, []).append(result)
@@ -292,8 +310,10 @@ def main():
     if not seeds or budget <= 0 or not 0 < tail < 1 or parallel < 0:
         raise ValueError(f"seeds {seeds}, budget {budget}, tail {tail}, parallel {parallel}: at least one seed, a "
                          "budget above 0, a tail between 0 and 1, and parallel at least 0")
-    for folder in (*data, *val_data):
-        read_info(folder)  # a missing set is better said now
+    small = [arm for arm in arms if min(equal_points(arm).values()) < 1] + [
+        arm for arm in arms if arm in BRANCHED and min(n for p in ("steps", "flops") for n in tail_of(p)) < 1]
+    if small:
+        raise ValueError(f"a budget of {budget} TFLOP is less than a step for a part of {', '.join(small)}")
     read_all()
     run_all()
     found = read_all()

@@ -10,6 +10,9 @@ from PIL import Image, ImageOps
 
 from machine import exit_with_parent
 
+# load() makes an error of it, for which a filter would not do: threads share the filters
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
 
 class Unusable(Exception):
     """A picture that is skipped, with the reason"""
@@ -33,13 +36,13 @@ def squares(picture, resolutions, shortest):
 def load(picture, shortest):
     """An RGB picture, upright, transparency on white"""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
-                if min(image.size) < shortest:
-                    raise Unusable(f"too small: {image.width} x {image.height}, the shorter side must have {shortest}")
-                image.load()
-                return to_rgb(upright(image))
+        with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise Unusable(f"DecompressionBomb: {image.width} x {image.height}, more than is harmless")
+            if min(image.size) < shortest:
+                raise Unusable(f"too small: {image.width} x {image.height}, the shorter side must have {shortest}")
+            image.load()
+            return to_rgb(upright(image))
     except Unusable:
         raise
     except Exception as error:  # decoders raise whatever a damaged file provokes
@@ -54,6 +57,9 @@ def upright(image):
 
 
 def to_rgb(image):
+    # of 32 bits, in which it is not said how much is white: 255 and 65,535 are meant here
+    if image.mode in ("F", "I") and (most := image.getextrema()[1]) <= {"F": 1, "I": 255}[image.mode]:
+        raise Unusable(f"its 32-bit pixels reach only {most:g} and would be black: convert it to 8 bits")
     if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip
         image = Image.fromarray((np.asarray(image, np.float32) / 257).round().clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:

@@ -84,6 +84,7 @@ BAD = {
     "vector.png": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "UnidentifiedImageError"),
     "video.gif": (b"\0\0\0 ftypisom" + bytes(100), "UnidentifiedImageError"),
     "bomb.png": (bomb(), "DecompressionBomb"),
+    "dark.tiff": (encoded(Image.fromarray(np.full((40, 40), 0.9, np.float32)), "TIFF"), "would be black"),
     "text bomb.png": (text_bomb(), "ValueError"),
     "small.png": (encoded(noise(size=(31, 60))), "too small: 31 x 60"),
     "one pixel.png": (encoded(noise(size=(1, 1))), "too small"),
