@@ -388,6 +388,8 @@ def main():
     captions = captions or (captions_of_run(run) if run else "")
     wanted = check_settings()
     rank, world, where = set_up()
+    for folder in (*images, reference) if rank == 0 else ():
+        prompts.note_others(folder)
     networks = load_networks(wanted, where, rank, world)
     if run:
         model, found, said, side = load_run(run, where)

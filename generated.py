@@ -49,7 +49,7 @@ def open_folder(folder, described, jobs):
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, a folder is wanted: give another --out")
     pictures = any(folder.rglob("*.png"))  # before the other file is looked for, as every process writes that first
-    if not path.exists():
+    if not pictures or not path.exists():
         if pictures:
             raise ValueError(f"{folder} holds pictures and no {DESCRIBED} that says what they are: give another --out")
         folder.mkdir(parents=True, exist_ok=True)

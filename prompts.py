@@ -11,10 +11,11 @@ from PIL import Image
 
 import captions
 import shapes
-from sources import pictures_below
+from sources import PICTURES, pictures_below
 
 DRAWN = {"shapes": False, "shapes_unseen": True}  # of the drawn set: only pairs that were held out of training?
 FIRST_SCENE = 10_000_000  # as in eval_shapes.py: no training set uses these seeds
+TEXTS = (*captions.TABLES, ".txt", ".md", ".html", ".npz", ".ds_store")  # what else may lie in a folder of pictures
 LISTED = "captions.jsonl"  # beside pictures that eval_fid.py drew: {"image", "caption", "seed"} of each
 
 
@@ -99,6 +100,15 @@ def choose(found, count, seed, source):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures that are there already
+
+
+def note_others(folder):
+    """Say so if a folder holds files that are neither pictures nor texts by their names: nothing is dropped silently"""
+    files = Path(folder).rglob("*") if folder and Path(folder).is_dir() else ()
+    others = [p for p in files if p.is_file() and not p.name.lower().endswith((*PICTURES, *TEXTS))]
+    if others:
+        print(f"note: {len(others):,} files in {folder} are not taken for pictures, as {others[0].name}: pictures end "
+              f"with {', '.join(PICTURES)}")
 
 
 def by_number(path):

@@ -26,6 +26,7 @@ import eval_fid
 import features
 import frechet
 import inception
+import sample
 from configurator import setting_names
 
 CAPTIONS = ["a small red circle on a white background", "a large blue ring", "a small cyan cross", "a large pink bar",
@@ -319,6 +320,60 @@ def test_killed_and_shared_evaluations_end_with_the_same_file(models, tmp_path):
     assert (tmp_path / "one/results.json").read_text() == expected
 
 
+def test_nothing_is_drawn_before_all_that_can_be_refused_is(models, evaluate, tmp_path, monkeypatch):
+    settings = {"checkpoint": str(models / "run"), "captions": str(models / "captions.txt"), "metrics": ("clip_fid",),
+                "reference": str(models / "real")}  # fmt: skip
+    evaluate(**settings | {"metrics": ("clip_score",), "reference": ""}, guidance_scales=(3.0,))
+    frechet.save(tmp_path / "wide.clip.npz", np.zeros(20), np.eye(20))
+    frechet.save(tmp_path / "bad.clip.npz", np.zeros(16), -np.eye(16))
+    for name in ("wide", "bad"):
+        (tmp_path / f"{name}.npz").write_bytes(b"")
+    two = tmp_path / "two/sub"
+    two.mkdir(parents=True)
+    for folder in (two, two.parent):
+        shutil.copy(models / "real/000.jpg", folder / "x.jpg")
+    records = tmp_path / "records.json"
+    records.write_text(json.dumps([{"image": "sub/x.jpg", "caption": "a"}, {"image": "else/x.jpg", "caption": "b"}]))
+    unnamed = tmp_path / "unnamed.jsonl"
+    unnamed.write_text('{"caption": "a"}\n{"caption": "b"}\n')
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(sample, "generate", None)  # not even called
+    for changed, message in [
+        ({"guidance_scales": (1.0, 3.0), "steps": 3}, "guidance_3 holds pictures .*made otherwise .*steps: 2 there"),
+        ({"reference": str(tmp_path / "wide.npz")}, "wide.clip.npz is of 20 features, clip_fid has 16"),
+        ({"reference": str(tmp_path / "bad.npz")}, "bad.clip.npz: .*is no covariance"),
+        ({"count": 1}, "at least two pictures"),
+        ({"out": str(tmp_path / "file")}, "file is a file, a folder is wanted"),
+        ({"save_reference": str(tmp_path / "x.2014")}, "must end with .npz"),
+        ({"matched": True, "captions": str(records), "reference": str(two.parent)}, "1 pictures .*several .*else/x"),
+        ({"matched": True, "captions": str(unnamed)}, "do not all name a picture"),
+        ({"resolution": 32}, "smaller than resolution 32"),
+        *(({"guidance_scales": scales}, "all different, from 0 on")
+          for scales in ((), (float("nan"),), (-3.0,), (1.0, 1.0000001), (float("inf"),))),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            evaluate(**settings | changed)
+
+
+def test_an_earlier_result_is_kept(models, evaluate, tmp_path):
+    settings = {"images": (str(models / "made"),), "captions": str(models / "captions.txt"), "metrics": ("clip_score",)}
+    first = evaluate(**settings)
+    assert evaluate(**settings) == first and not (tmp_path / "out/results.1.json").exists()
+    second = evaluate(**settings, resolution=20)
+    assert second["results"][0]["clip_score"] != first["results"][0]["clip_score"]
+    assert json.loads((tmp_path / "out/results.1.json").read_text()) == first
+
+
+def test_the_judged_pictures_and_the_reference_are_hashed(models, evaluate, tmp_path):
+    shutil.copytree(models / "made", tmp_path / "made")
+    settings = {"images": (str(tmp_path / "made"),), "reference": str(models / "real"), "metrics": ("clip_fid",)}
+    first = evaluate(**settings)
+    shutil.copy(tmp_path / "made/001.png", tmp_path / "made/002.png")
+    second = evaluate(**settings)
+    assert first["protocol"] == second["protocol"]
+    assert first["results"][0]["pictures_sha256"] != second["results"][0]["pictures_sha256"]
+
+
 def test_settings_that_do_not_fit_are_refused(models, evaluate):
     made = (str(models / "made"),)
     for settings, message in [
@@ -338,6 +393,8 @@ def test_settings_that_do_not_fit_are_refused(models, evaluate):
             "CLIP model .*made",
         ),
         ({"images": made, "reference": str(models / "real"), "matched": True}, "matched needs --captions"),
+        ({"images": made, "metrics": ("clip_score",), "count": 3}, "images are there already"),
+        ({"images": made, "metrics": ("clip_score",), "checkpoint": "x"}, "images are there already"),
         (
             {"checkpoint": str(models / "run"), "captions": "no.txt", "metrics": ("clip_score",)},
             "no captions file no.txt",

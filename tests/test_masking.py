@@ -23,7 +23,7 @@ def study(data, tmp_path, monkeypatch):
         "data": data,
         "out": str(tmp_path / "study"),
         "budget": 0.07,
-        "count": 2,
+        "count": 0,
         "seeds": (3,),
     }.items():
         monkeypatch.setattr(masking, name, value)
@@ -66,7 +66,6 @@ def test_a_small_study_and_its_restart(study, tmp_path, monkeypatch, capsys):
     assert tail["points"]["steps"]["step"] == steps and tail["points"]["flops"]["step"] > steps
     p = tail["points"]["flops"]
     assert p["tflop"] == pytest.approx(0.07, abs=0.013) and 0.5 < p["val_loss"] < 2 and p["seconds"] > 0
-    assert p["scores"]["background"][1] == 2
     # the tail began where the masked run was, with its weights: other numbers than a start from scratch would give
     first = next(e for e in map(json.loads, (out / "deferred+unmasked/seed3-equal-flops/log.jsonl").open()))
     trunk = [e["loss"] for e in map(json.loads, (out / "deferred/seed3/log.jsonl").open()) if "loss" in e]
@@ -75,12 +74,23 @@ def test_a_small_study_and_its_restart(study, tmp_path, monkeypatch, capsys):
     assert "At equal training FLOPs" in text and "| deferred+unmasked: likewise, " in text and "| 1 | 1.96 M |" in text
     with Image.open(out / "curves.png") as plotted:
         assert plotted.size[0] > 500
-    assert calls == ["train.py", "train.py", "eval_shapes.py"] * 2
+    assert calls == ["train.py"] * 6  # the masked run to four steps, and two unmasked parts
     before = len(calls)
     study.main()
     (out / "deferred+unmasked/seed3.json").unlink()  # as if it had been stopped before the last file
     study.main()
     assert len(calls) == before and (out / "table.md").read_text() == text
+    monkeypatch.setattr(masking, "arms", ("deferred",))  # which the unmasked parts branched off: nothing to train
+    study.main()
+    assert len(calls) == before and (out / "deferred/seed3.json").exists()
+    monkeypatch.setattr(masking, "count", 2)
+    scores = masking.scores_of(masking.train_along("deferred", 3, 0)[steps], 0)
+    assert scores["background"][1] == 2 and calls[before:] == ["eval_shapes.py"]
+    monkeypatch.setattr(masking, "count", 0)
+    with monkeypatch.context() as patch:
+        patch.setitem(masking.ARMS, "deferred", ("", {"moe_every": 3}))
+        with pytest.raises(ValueError, match="was made with another arm"):
+            study.main()
     monkeypatch.setattr(masking, "budget", 0.1)
     with pytest.raises(ValueError, match="was made with another budget"):
         study.main()
@@ -112,3 +122,29 @@ def test_table_has_means_and_spreads(study):
     assert "| 3 | 2.00 M | 10 | 1.00 | 0.2000 ± 0.1000 | 1.0 |" in row
     row = masking.table({"naive": [result(0, 0.1)]}, "steps").splitlines()[2]
     assert "| 1 | 2.00 M | 10 | 1.00 | 0.1000 | 1.0 |" in row
+
+
+def test_a_budget_of_less_than_a_step_is_refused(study, monkeypatch):
+    monkeypatch.setattr(masking, "arms", ("deferred+unmasked",))
+    monkeypatch.setattr(masking, "budget", 0.02)
+    with pytest.raises(ValueError, match="less than a step for a part of deferred.unmasked"):
+        study.main()
+
+
+def test_every_run_has_a_gpu_of_those_that_are_given(study, monkeypatch):
+    seen = []
+
+    class Done:
+        returncode = 0
+
+    monkeypatch.setattr(
+        masking.subprocess, "run", lambda *_, env, **__: (seen.append(env["CUDA_VISIBLE_DEVICES"]), Done)[1]
+    )
+    monkeypatch.setattr(masking.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(masking.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    for slot in range(4):
+        masking.call(["x.py"], {"out": "y"}, slot)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    masking.call(["x.py"], {"out": "y"}, 1)
+    assert seen == ["5", "7", "5", "7", "1"]
