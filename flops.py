@@ -48,7 +48,7 @@ def peak_flops(device):
 
 def matmul_rate(device, dtype, size=0, rounds=3):
     """FLOP/s of square matrix products on this device, the fastest of a few; size 0: one that keeps the device busy"""
-    size, products = (size or 8192, 10) if device.type == "cuda" else (size or 2048, 1)
+    size, products = (size or 8192, 10) if device.type == "cuda" else (size or 1024, 1)
     a = torch.randn(size, size, device=device).to(dtype)
     best = float("inf")
     for _ in range(rounds):
