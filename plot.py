@@ -66,7 +66,7 @@ def plot(path, lines, x_label, y_label, title="", log=False, labels=None):
         if len(points[0]) == 4:
             draw.polygon([xy(p[0], p[2]) for p in points] + [xy(p[0], p[3]) for p in points[::-1]], color + "30")
         draw.line([xy(*p[:2]) for p in points], color, 3)
-        if len(points) <= 12:
+        if labels or len(points) <= 6:
             for i, p in enumerate(points):
                 x, y = xy(*p[:2])
                 draw.ellipse((x - 4, y - 4, x + 4, y + 4), color)

@@ -1,0 +1,40 @@
+"""plot.py: what is drawn where."""
+
+import numpy as np
+import pytest
+from PIL import Image, ImageColor
+
+import plot
+
+
+def pixels_of(path, color):
+    """(x, y) of the pixels of a colour"""
+    image = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    ys, xs = np.nonzero(np.abs(image - ImageColor.getrgb(color)).sum(-1) < 12)
+    inside = (xs > plot.LEFT) & (ys > plot.TOP + 60)  # not the legend
+    return xs[inside], ys[inside]
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_lines_go_where_their_points_are(tmp_path, log):
+    up, down = [(0, 1.0), (5, 2.0), (10, 4.0)], [(0, 4.0, 3.5, 4.5), (10, 1.0, 0.9, 1.2)]
+    plot.plot(tmp_path / "a.png", {"up": up, "down": down}, "x", "y", log=log)
+    xs, ys = pixels_of(tmp_path / "a.png", plot.COLORS[0])
+    assert len(xs) > 200
+    left, right = ys[xs < np.percentile(xs, 5)].mean(), ys[xs > np.percentile(xs, 95)].mean()
+    assert left > right + 100  # y grows upwards
+    middle = ys[np.abs(xs - (xs.min() + xs.max()) / 2) < 10].mean()
+    assert (middle - right) / (left - right) == pytest.approx(0.5 if log else 2 / 3, abs=0.05)
+
+
+def test_ticks_are_round_and_inside():
+    for low, high, log in ((0.09, 0.55, True), (0, 10, False), (12.3, 28.9, False), (1, 5000, True), (0.1, 0.11, True)):
+        found = plot.ticks(low, high, log)
+        assert 3 <= len(found) <= 15 and all(low <= t <= high for t in found)
+        assert all(len(f"{t:.4g}") <= 6 for t in found)
+
+
+def test_what_has_no_place_is_refused(tmp_path):
+    for lines, log in (({}, False), ({"a": [(0, float("nan"))]}, False), ({"a": [(0, 0.0), (1, 1.0)]}, True)):
+        with pytest.raises(ValueError, match="a.png: there is nothing to plot, or a number that has no place"):
+            plot.plot(tmp_path / "a.png", lines, "x", "y", log=log)
