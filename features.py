@@ -112,7 +112,7 @@ def measure(networks, items, resolution, same_size, batch_size, what):
     batches = [items[i:i + batch_size] for i in range(0, len(items), batch_size)]
     rounds = -(-len(batches) // world)
     mine = [batches[i] if i < len(batches) else [] for i in range(rank, rounds * world, world)]
-    sums, bad = Sums(), []
+    sums = Sums()
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // world)) as pool, \
             tqdm(total=len(items), unit=" pictures", desc=what, disable=rank > 0) as bar:
         def submit(batch):
