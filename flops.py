@@ -1,12 +1,14 @@
 """
 Arithmetic: what a network costs to run, and what machines can do at most.
 """
+import functools
 import time
+from dataclasses import asdict
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import MicroDiT, kept_patches
+from model import MicroDiT, MicroDiTConfig, kept_patches
 
 # dense bf16 peak of the datasheets, FLOP/s
 PEAKS = {"H200": 989.4e12, "H100 PCIe": 756e12, "H100": 989.4e12, "A100": 312e12}
@@ -17,6 +19,12 @@ def forward_flops(config, mask_ratio=0.0, caption_length=77):
 
     There, as on CPU tensors the counter misses attention. A multiply-add is two operations; norms and gates are none.
     """
+    return count(tuple(asdict(config).items()), mask_ratio, caption_length)
+
+
+@functools.cache  # XL/2 takes seconds
+def count(fields, mask_ratio, caption_length):
+    config = MicroDiTConfig(**dict(fields))
     with torch.device("meta"):
         net = MicroDiT(config)
         x = torch.empty(1, config.latent_channels, config.latent_size, config.latent_size)

@@ -56,6 +56,7 @@ ARMS = {  # name: (what is special about it, its settings beside those of CONFIG
     "mixer_wide": ("deferred; a mixer as wide as the backbone, 96 instead of 64", {"mixer_dim": 96}),
     "no_scaling": ("deferred; all blocks alike", {"attn_ratio": (1.0, 1.0), "mlp_ratio": (1.25, 1.25)}),
     "dense": ("deferred; dense MLPs instead of experts", {"num_experts": 0})}
+MAIN = tuple(ARMS)[:5]  # the question itself; the other arms are about parts of the network
 BRANCHED = ("deferred", "deferred+unmasked")  # the second goes on from the first
 
 
@@ -320,8 +321,13 @@ def main():
     text = "\n\n".join(f"At equal {'training FLOPs' if point == 'flops' else 'steps'}:\n\n{table(found, point)}"
                        for point in ("flops", "steps"))
     (Path(out) / "table.md").write_text(text + "\n", encoding="utf-8")
-    plot(Path(out) / "curves.png", curves(found), "training TFLOP", "unmasked validation loss", log=True)
-    print(f"\n{text}\n\n{out}/table.md, {out}/curves.png")
+    print(f"\n{text}\n\n{out}/table.md")
+    lines = curves(found)
+    for name, chosen in (("curves", MAIN), ("parts", ["deferred", *(arm for arm in lines if arm not in MAIN)])):
+        shown = {arm: lines[arm] for arm in chosen if arm in lines}
+        if set(shown) - {"deferred"} or name == "curves" and shown:
+            plot(Path(out) / f"{name}.png", shown, "training TFLOP", "unmasked validation loss", log=True)
+            print(f"{out}/{name}.png")
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def assert_equal(a, b):
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
-STEPS = ("--max_steps=150", "--checkpoint_every=1000", "--seed=3")
+STEPS = ("--max_steps=80", "--checkpoint_every=1000", "--seed=3")
 
 
 @pytest.mark.parametrize("nproc, number", [(1, signal.SIGINT), (2, signal.SIGTERM)])
@@ -80,10 +80,10 @@ def test_a_signal_ends_a_run_with_a_checkpoint(data, tmp_path, nproc, number):
     (saved,) = checkpoint.steps_of(out)
     reached = checkpoint.read(saved, ("none",))[0]["step"]
     logged = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
-    assert logged[-1] == reached < 150 and not processes(str(out))
+    assert logged[-1] == reached < 80 and not processes(str(out))
     if nproc == 1:
         assert run.returncode == 128 + number
-    assert start(data, out, "--max_steps=150", *STEPS[1:], nproc=nproc).wait(120) == 0
+    assert start(data, out, *STEPS, nproc=nproc).wait(120) == 0
     assert f"going on from step {reached}" in Path(f"{out}.txt").read_text()
     whole = tmp_path / "whole"
     assert start(data, whole, *STEPS, nproc=nproc).wait(120) == 0
@@ -94,7 +94,7 @@ def test_a_crashed_process_is_started_again_and_goes_on(data, tmp_path):
     out = tmp_path / "run"
     launch("train.py", f"--data={data}", *SMALL, f"--out={out}", "--max_steps=1")  # to be deleted by --overwrite, once
     (out / "log.jsonl").unlink()
-    steps = ("--max_steps=120", "--checkpoint_every=20", "--seed=3")
+    steps = ("--max_steps=80", "--checkpoint_every=20", "--seed=3")
     run = start(data, out, *steps, "--overwrite", restarts=2)
     wait_for_step(out, 30)
     ranks = [pid for pid in processes(str(out)) if pid != run.pid]
