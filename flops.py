@@ -54,7 +54,7 @@ def peak_flops(device):
     return next((peak for key, peak in PEAKS.items() if key in name), None)
 
 
-def matmul_rate(device, dtype, size=0, rounds=3):
+def matmul_rate(device, dtype, size=0, rounds=10):
     """FLOP/s of square matrix products on this device, the fastest of a few; size 0: one that keeps the device busy"""
     size, products = (size or 8192, 10) if device.type == "cuda" else (size or 1024, 1)
     a = torch.randn(size, size, device=device).to(dtype)
