@@ -11,14 +11,17 @@ from pathlib import Path
 def pick_device(name):
     """torch.device of "cuda", "mps", "cpu" or "auto" (or None), the best there is; ValueError if it is not there.
 
-    Of several GPUs each process of torchrun has its own.
+    Of several GPUs each process of torchrun has its own, which becomes the current one.
     """
     import torch  # not above: what else is here is wanted before torch, or without it
     there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     name = there[0] if name in (None, "auto") else str(name)
     if name.partition(":")[0] not in there:
         raise ValueError(f"device is '{name}': this machine has {', '.join(there)}")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where compiled kernels run
+    return device
 
 
 def keep_freed_memory():

@@ -414,8 +414,6 @@ def run(rank, world, store, pool):
         if store.get("ready") == b"complete":
             return
     where = pick_device(device)
-    if where.type == "cuda":
-        torch.cuda.set_device(where)
     autoencoder = load_vae(vae, where, scaling_factor=scaling_factor or None)
     text = load_text_encoder(text_encoder, where)
     parts, take, total = parts_and_shares(rank)

@@ -536,7 +536,6 @@ def main():
 
     where = pick_device(device)
     if where.type == "cuda":
-        torch.cuda.set_device(where)
         torch.backends.cuda.matmul.allow_tf32 = True
     if where.type == "cpu":
         keep_freed_memory()

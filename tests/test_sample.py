@@ -5,10 +5,12 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from conftest import launch
 from PIL import Image
 from test_train import SMALL
 
+import machine
 import sample
 
 
@@ -176,6 +178,24 @@ def test_scores_of_the_drawn_set(script, runs, tmp_path):
         assert scores["network"].keys() == scores["drawn pictures"].keys()
         assert scores["network"]["background"][1] == 6
     assert "background" in printed and (tmp_path / "scores.png").exists() and (tmp_path / "scores.unseen.png").exists()
+
+
+def test_every_process_has_a_gpu_of_its_own(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert str(machine.pick_device("auto")) == str(machine.pick_device("cuda")) == "cuda:3"
+    assert str(machine.pick_device("cuda:1")) == "cuda:1" and str(machine.pick_device("cpu")) == "cpu"
+    monkeypatch.delenv("LOCAL_RANK")
+    assert str(machine.pick_device(None)) == "cuda:0" and list(map(str, current)) == [
+        "cuda:3",
+        "cuda:3",
+        "cuda:1",
+        "cuda:0",
+    ]
+    with pytest.raises(ValueError, match="this machine has cuda"):
+        machine.pick_device("mps" if not torch.backends.mps.is_available() else "tpu")
 
 
 def test_genevals_layout_by_two_processes_and_again(script, runs, tmp_path):
