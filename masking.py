@@ -3,7 +3,7 @@ Does it pay to mask 75 % of the patches behind a mixer? The same small network (
 ways, compared after equal training FLOPs and after equal steps:
 
     python prepare_latents.py && python masking.py                        # the drawn set, three seeds
-    python masking.py --data data/cifar --val_data data/cifar-val --seeds 0 --out runs/masking-photos
+    python masking.py --data data/cifar --val_data data/cifar-val --out runs/masking-photos
     python masking.py --arms router_unmodulated mixer_1 mixer_4 mixer_wide no_scaling dense --seeds 0    # parts
 
 Each arm and seed is one run of train.py with a constant learning rate, validated along the way and without masking.
