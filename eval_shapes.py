@@ -4,8 +4,8 @@ How well a network trained on the built-in drawn set draws what its prompts say,
     python eval_shapes.py                                   # the newest run, sample.py's default settings
     python eval_shapes.py --checkpoint runs/small --count 256 --guidance_scale 3
 
-One picture per prompt, the first draw, scored as it is: `count` prompts of the kind that the network was trained on,
-from seeds that no training set uses, then `count` prompts whose colour-shape pairs were all kept out of training.
+One picture per prompt, the first draw, scored as it is: `count` prompts of the kind that the network was trained on, of
+seeds that no training set uses, then `count` prompts whose colour-shape pairs were all kept out of training.
 Beside each score stand those of drawn pictures (what the reader can see) and of pictures of other prompts (chance).
 """
 from configurator import configure
