@@ -21,9 +21,9 @@ import numpy as np
 class Statistics:
     """Mean and covariance of features that come in batches, in float64.
 
-    What it keeps is plain sums: n, sum (dim) and outer (dim,dim), the sum of f f^T. So those of several processes are
-    added (merge, or an all_reduce), and neither the batches nor the processes matter but for rounding. The price is
-    cancellation: sigma loses 2 log10(mean / spread) of its 16 digits, which are 6 for a mean 1000 times the spread.
+    What it keeps is plain sums: n, sum (dim) and outer (dim,dim), the sum of f f^T, so the batches do not matter but
+    for rounding. The price is cancellation: sigma loses 2 log10(mean / spread) of its 16 digits, which are 6 for a mean
+    1000 times the spread.
     """
 
     def __init__(self, dim):
@@ -42,15 +42,6 @@ class Statistics:
         self.n += len(f)
         self.sum += f.sum(0)
         self.outer += f.T @ f
-
-    def merge(self, other):
-        """Add what another one has seen"""
-        if other.sum.shape != self.sum.shape:
-            raise ValueError(f"statistics of {len(other.sum)} and of {len(self.sum)} features do not add up: they are "
-                             "from different networks")
-        self.n += other.n
-        self.sum += other.sum
-        self.outer += other.outer
 
     @property
     def mu(self):

@@ -51,7 +51,8 @@ PLAIN = [
 SUBJECTS = ["an astronaut", "two dogs", "the old lighthouse", "a bowl of ramen", "Times Square",
             "my grandmother's garden",
             "a vintage car", "several hot-air balloons", "an oil painting of Paris", "a close-up of a bee"]  # fmt: skip
-ENDINGS = [" riding a horse on the moon!", ", 35mm film, f/1.8", " in the rain…", " at sunset; golden hour.", " (2019)",
+ENDINGS = [" riding a horse on the moon!", ", 35mm film, f/1.8", " in the rain…", " at sunset; golden hour.",
+           " (2019)",
            " – stock photo", " next to a “No Parking” sign", " & friends", " wearing sunglasses 😎",
            " in 4K"]  # fmt: skip
 
