@@ -50,11 +50,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model
 import train
+from common.flops import forward_flops, matmul_rate, parameters, peak_flops
+from common.machine import keep_freed_memory, pick_device
 from configurator import read_config, setting_names
-from dataset import Dataset, min_side, read_info
-from flops import forward_flops, matmul_rate, parameters, peak_flops
-from machine import keep_freed_memory, pick_device
 from model import MicroDiT, MicroDiTConfig, edm_loss, expert_tokens, kept_patches
+from training.dataset import Dataset, min_side, read_info
 
 TINY_2 = MicroDiTConfig(dim=512, depth=16, head_dim=32, mixer_depth=4, mixer_dim=512)
 H100 = 989.4e12

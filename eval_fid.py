@@ -10,8 +10,8 @@ All in one run: draws the pictures (or takes those in --images), compares their 
 real pictures or statistics of one in pytorch-fid's format, and writes OUT/results.json, which says all that the numbers
 depend on. Stopped and started again, it uses the pictures that are there.
 """
+from common.machine import exit_with_launcher
 from configurator import configure
-from machine import exit_with_launcher
 
 # what is judged
 checkpoint = ""               # checkpoint file or run folder; empty: the newest run
@@ -50,7 +50,7 @@ dtype = "auto"                # of the network and its frozen ends: bfloat16 or 
 offload = "auto"              # keep on the GPU only what is at work: yes, no; auto: yes on GPUs below 16 GB
 compile = False               # torch.compile: a minute at the start, faster pictures on a GPU
 batch_size = 32               # pictures drawn at once, and shown to Inception and CLIP at once
-out = "evaluation"            # folder of the pictures, results.json and the plot
+out = "scores"                # folder of the pictures, results.json and the plot
 device = "auto"               # cuda, mps or cpu; auto: the best there is
 
 if __name__ == "__main__":
@@ -68,20 +68,18 @@ import PIL
 import torch
 import torch.distributed as dist
 
-import checkpoint as checkpoints
-import features
-import frechet
-import generated
-import inception as inception_network
-import prompts
-import sample
-import shapes
-from clip import Clip
-from dataset import write_atomic
-from machine import pick_device, shared_store
-from pictures import load
-from plot import plot
-from sources import pictures_below
+from common.files import write_atomic
+from common.machine import pick_device, shared_store
+from common.plot import plot
+from evaluation import drawn as generated
+from evaluation import features, frechet, prompts
+from evaluation import inception as inception_network
+from evaluation.clip import Clip
+from pictures import shapes
+from pictures.decode import load
+from pictures.sources import pictures_below
+from sampling.pipeline import load as load_pipeline
+from training import checkpoint as checkpoints
 
 METRICS = ("fid", "clip_fid", "clip_score", "attributes")
 DISTANCES = ("fid", "clip_fid")
@@ -246,8 +244,9 @@ def measure_reference(networks, wanted, found, side, scenes):
 
 def load_run(run, where):
     """(network, prompts, what is said, side of its pictures)"""
-    model = sample.load(run, where, ema, vae, text_encoder, dtype, offload, compile, scaling_factor)
-    size = model.config.latent_size * model.vae.downsample
+    model = load_pipeline(run, where, ema=ema, vae=vae, text_encoder=text_encoder, dtype=dtype, offload=offload,
+                          compile=compile, scaling_factor=scaling_factor)
+    size = model.size
     if size < resolution:
         raise ValueError(f"{run} draws pictures of {size} x {size}, smaller than resolution {resolution}: enlarged "
                          f"they would be judged for the enlarging. Give a --resolution of at most {size}")
@@ -404,7 +403,7 @@ def main():
     statistics, said["reference"] = measure_reference(networks, wanted, found, side, scenes)
     if run:
         for j in all_judged:
-            generated.fill(model, j.folder, jobs, rank, world, batch_size, guidance_scale=j.scale, steps=steps,
+            generated.fill(model, j.folder, jobs, batch_size, guidance_scale=j.scale, steps=steps,
                            sampler=sampler, sigma_max=sigma_max)
         if world > 1:
             dist.barrier()  # every process measures pictures that others drew

@@ -10,8 +10,8 @@ are written NAME.results.jsonl (every picture's verdict, as the official evaluat
 objects that were found). A run that was stopped goes on with the same command. The detector has the official one's
 architecture but weights of its own: scores are close to published ones, not equal.
 """
+from common.machine import exit_with_launcher
 from configurator import configure
-from machine import exit_with_launcher
 
 images = ""                  # folder in the official layout
 detections = ""              # score these instead of running the detector: for each picture a line
@@ -46,11 +46,11 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-import geneval
-import pictures
-from clip import Clip, load_model, tensors_hash
-from dataset import write_atomic, write_json
-from machine import pick_device, shared_store
+from common.files import write_atomic, write_json
+from common.machine import pick_device, shared_store
+from evaluation import geneval
+from evaluation.clip import Clip, load_model, tensors_hash
+from pictures import decode as pictures
 
 TEMPLATES = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
 NOTE = "its own weights, not mmdetection's: scores are close to published ones, not equal"

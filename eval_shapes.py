@@ -28,22 +28,23 @@ if __name__ == "__main__":
 import json
 from pathlib import Path
 
-import sample
-import shapes
-from dataset import write_atomic
+from common.files import write_atomic
+from pictures import shapes
+from sampling.grids import picture_grid
+from sampling.pipeline import generate, load
 
 
 def main():
     if count < 1:
         raise ValueError(f"count is {count}: it must be at least 1")
-    model = sample.load(checkpoint, device)
-    size = model.config.latent_size * model.vae.downsample
+    model = load(checkpoint, device)
+    size = model.size
     guidance = guidance_scale if guidance_scale >= 0 else model.guidance_scale
     report = {"checkpoint": model.name, "settings": settings | {"guidance_scale": guidance}, "scores": {}}
     for kind, held_out in (("pairs seen in training", False), ("unseen pairs", True)):
         scenes = [shapes.scene(first_seed + i, held_out, size) for i in range(count)]
         wanted = [attributes for _, _, attributes in scenes]
-        images = sample.generate(model, [caption for _, caption, _ in scenes], steps, guidance, seed, sampler,
+        images = generate(model, [caption for _, caption, _ in scenes], steps, guidance, seed, sampler,
                                  sigma_max=sigma_max, batch_size=batch_size, progress=True)
         drawn = [image for image, _, _ in scenes]
         rows = shapes.score(images, wanted), shapes.score(drawn, wanted), shapes.score(drawn[1:] + drawn[:1], wanted)
@@ -55,7 +56,7 @@ def main():
             print(f"  {name:12} {percents[0]}  ({right} of {of};  drawn {percents[1]}, chance {percents[2]})")
         if out:
             Path(out).parent.mkdir(parents=True, exist_ok=True)
-            sample.picture_grid(images[:64], 8, 64).save(Path(out).with_suffix(".unseen.png" if held_out else ".png"))
+            picture_grid(images[:64], 8, cell=64).save(Path(out).with_suffix(".unseen.png" if held_out else ".png"))
     if out:
         write_atomic(out, lambda file: file.write((json.dumps(report, indent=1) + "\n").encode()))
 

@@ -462,13 +462,14 @@ def noise_levels(steps, sigma_max=80.0, sigma_min=0.002, rho=7.0):
 
 
 @torch.no_grad()
-def sample(net, noise, caption, steps=30, guidance_scale=5.0, sampler="heun", sigma_max=80.0, sigma_min=0.002, rho=7.0,
-           negative_caption=None, on_step=None):
+def sample(net, noise, caption, steps=30, guidance_scale=5.0, sampler="heun", *, sigma_max=80.0, sigma_min=0.002,
+           rho=7.0, negative_caption=None, on_step=None):
     """Latents (B,C,H,W) from noise ~ N(0, 1) of that shape and captions (B,L,Dc).
 
     Guidance D_negative + w (D_caption - D_negative) runs both branches in one batch; guidance 1 runs one.
     negative_caption (B,L,Dc) defaults to zeros, what caption dropout trains. "heun" costs 2*steps-1 evaluations,
-    "dpmpp_2m" `steps`. on_step() is called after each step. The state is float64 where the device has it.
+    "dpmpp_2m" `steps`. on_step(D) is called at each step with what is denoised so far. The state is float64 where the
+    device has it.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}: there are {', '.join(SAMPLERS)}")
@@ -487,19 +488,20 @@ def sample(net, noise, caption, steps=30, guidance_scale=5.0, sampler="heun", si
 
     sigmas = noise_levels(steps, sigma_max, sigma_min, rho)
     x = noise.to(torch.float32 if noise.device.type == "mps" else torch.float64) * sigmas[0].item()
-    return SAMPLERS[sampler](denoised, x, sigmas, on_step or (lambda: None)).float()
+    return SAMPLERS[sampler](denoised, x, sigmas, on_step or (lambda denoised: None)).float()
 
 
 def heun(denoised, x, sigmas, on_step):
     """EDM, algorithm 1 without churn: second order, the last step to sigma 0 is Euler's"""
     for sigma, next_sigma in zip(sigmas[:-1], sigmas[1:]):
         h = (next_sigma - sigma).item()
-        slope = (x - denoised(x, sigma)) / sigma.item()
+        d = denoised(x, sigma)
+        slope = (x - d) / sigma.item()
         euler = x + h * slope
         if next_sigma > 0:
             slope = (slope + (euler - denoised(euler, next_sigma)) / next_sigma.item()) / 2
         x = x + h * slope
-        on_step()
+        on_step(d)
     return x
 
 
@@ -513,7 +515,7 @@ def dpmpp_2m(denoised, x, sigmas, on_step):
             d = now + (now - previous) * (h / (2 * previous_h))
         x = (next_sigma / sigma).item() * x - math.expm1(-h) * d
         previous, previous_h = now, h
-        on_step()
+        on_step(now)
     return x
 
 

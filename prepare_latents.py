@@ -13,8 +13,8 @@ come from --captions; sources.py and captions.py have the layouts, docs/datasets
 Pictures that cannot be used are listed with their reason in skipped.jsonl. Killed and started again, it goes on after
 the finished shards, and the result is the same.
 """
+from common.machine import exit_with_launcher
 from configurator import configure
-from machine import exit_with_launcher
 
 source = "shapes"           # "shapes", a folder of pictures, archives, or a list of pictures
 captions = ""               # captions by picture name (a table, or an archive or folder of them); empty: beside each
@@ -62,12 +62,13 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from captions import clean_web_caption, harmless, read_captions
-from dataset import FORMAT, read_info, write_atomic, write_json, write_lines, write_shard
+from common.files import write_atomic, write_json, write_lines
+from common.machine import pick_device, shared_store
 from encoders import load_text_encoder, load_vae, words_of
-from machine import pick_device, shared_store
-from pictures import Lost, Unusable, attempt, worker
-from sources import drawn_source, estimated_count, find_source, fingerprint
+from pictures.captions import clean_web_caption, harmless, read_captions
+from pictures.decode import Lost, Unusable, attempt, worker
+from pictures.sources import drawn_source, estimated_count, find_source, fingerprint
+from training.dataset import FORMAT, read_info, write_shard
 
 SHAPES_ROWS = 20_000
 # what may change between a run and its continuation

@@ -9,8 +9,8 @@ Everything random about a step is a function of (seed, step, index of the micro-
 of processes does not matter, and a run that is started again goes on as if it had never stopped, on a CPU bit by bit
 (GPUs add up in changing order).
 """
+from common.machine import exit_with_launcher
 from configurator import configure, read_config
-from machine import exit_with_launcher
 
 # data and output
 data = ("data/shapes",)       # prepared folders (prepare_latents.py), used as one set; FOLDER@512 leaves out pictures
@@ -97,16 +97,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-import checkpoint
-from batches import Batches, generator, prefetched, to_device
-from dataset import Dataset, Rows, check_same_encoders, decoded_captions, write_atomic
+from common.files import write_atomic
+from common.flops import forward_flops, matmul_rate, peak_flops
+from common.machine import keep_freed_memory, pick_device, shared_store
 from encoders import load_vae
-from flops import forward_flops, matmul_rate, peak_flops
-from machine import keep_freed_memory, pick_device, shared_store
 from model import MicroDiT, MicroDiTConfig, edm_loss, expert_tokens, kept_patches
 from model import sample as draw_latents
-from muon import Muon
-from sample import decode_images, picture_grid
+from sampling.grids import picture_grid
+from sampling.pipeline import decode_images
+from training import checkpoint
+from training.batches import Batches, generator, prefetched, to_device
+from training.dataset import Dataset, Rows, check_same_encoders, decoded_captions
+from training.muon import Muon
 
 # Validation is at these noise levels whatever the run trains on, so that runs can be compared
 VAL_P_MEAN, VAL_P_STD, VAL_ROWS = -0.6, 1.2, 2048

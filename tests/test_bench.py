@@ -5,7 +5,7 @@ import torch
 from conftest import launch
 
 import bench
-from flops import forward_flops, matmul_rate, parameters
+from common.flops import forward_flops, matmul_rate, parameters
 from model import MicroDiT, MicroDiTConfig
 
 SMALL = MicroDiTConfig(

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from captions import clean_web_caption
+from pictures.captions import clean_web_caption
 
 CASES = {
     "A cat on a <b>mat</b> &amp;amp; a dog": "A cat on a mat & a dog",

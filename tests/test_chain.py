@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT, launch
 from safetensors.torch import load_file
 
-import checkpoint
+from training import checkpoint
 
 WIDTHS = (
     "--dim=32",

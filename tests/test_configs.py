@@ -8,8 +8,8 @@ import torch
 from conftest import ROOT, launch
 
 import train
+from common.flops import forward_flops, parameters
 from configurator import read_config, setting_names
-from flops import forward_flops, parameters
 from model import MicroDiT, MicroDiTConfig, edm_loss
 
 

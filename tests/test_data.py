@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-import dataset
 import encoders
-import shapes
-from dataset import Dataset
+from common import files
+from pictures import shapes
+from training.dataset import Dataset, dequantize, quantize
 
 
 def photo(seed, size=(40, 32), mode="RGB"):
@@ -277,14 +277,14 @@ def test_disk_full_while_writing_a_shard_keeps_what_was_there(script, small_disk
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_write_atomic_leaves_the_old_file(tmp_path, code):
-    dataset.write_atomic(tmp_path / "f", lambda file: file.write(b"old"))
+    files.write_atomic(tmp_path / "f", lambda file: file.write(b"old"))
 
     def fail(file):
         file.write(b"half")
         raise OSError(code, "full")
 
-    with pytest.raises(dataset.DiskFull, match="disk full while writing .*f"):
-        dataset.write_atomic(tmp_path / "f", fail)
+    with pytest.raises(files.DiskFull, match="disk full while writing .*f"):
+        files.write_atomic(tmp_path / "f", fail)
     assert (tmp_path / "f").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
 
@@ -367,8 +367,8 @@ def test_captions_in_8_bits(script, tmp_path):
 def test_quantization_is_within_half_a_step(n, dim, exponent, seed):
     x = np.random.default_rng(seed).standard_normal((n, 2, dim)).astype(np.float32) * 10**exponent
     x[0, 0] = 0  # padding
-    values, scales = dataset.quantize(x)
-    y = dataset.dequantize(torch.from_numpy(values), torch.from_numpy(scales)).numpy()
+    values, scales = quantize(x)
+    y = dequantize(torch.from_numpy(values), torch.from_numpy(scales)).numpy()
     steps = np.repeat(scales.astype(np.float32), dim // scales.shape[-1], axis=-1)
     assert values.shape == x.shape and values.dtype == np.int8 and (y[0, 0] == 0).all()
     assert (np.abs(y - x) <= 0.58 * steps + 1e-7).all()  # half a step, and the rounding of the scale itself

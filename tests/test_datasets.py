@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from dataset import Dataset
+from training.dataset import Dataset
 
 
 def picture(seed, kind="JPEG", size=(40, 36), **options):

@@ -21,13 +21,9 @@ from test_train import SMALL
 from transformers import CLIPModel, CLIPProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-import clip
 import eval_fid
-import features
-import frechet
-import inception
-import sample
 from configurator import setting_names
+from evaluation import clip, drawn, features, frechet, inception
 
 CAPTIONS = ["a small red circle on a white background", "a large blue ring", "a small cyan cross", "a large pink bar",
             "a green square", "two red rings", "a dog"]  # fmt: skip
@@ -337,7 +333,7 @@ def test_nothing_is_drawn_before_all_that_can_be_refused_is(models, evaluate, tm
     unnamed = tmp_path / "unnamed.jsonl"
     unnamed.write_text('{"caption": "a"}\n{"caption": "b"}\n')
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(sample, "generate", None)  # not even called
+    monkeypatch.setattr(drawn, "generate", None)  # not even called
     for changed, message in [
         ({"guidance_scales": (1.0, 3.0), "steps": 3}, "guidance_3 holds pictures .*made otherwise .*steps: 2 there"),
         ({"reference": str(tmp_path / "wide.npz")}, "wide.clip.npz is of 20 features, clip_fid has 16"),

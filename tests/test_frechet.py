@@ -11,7 +11,7 @@ import scipy.linalg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import frechet
+from evaluation import frechet
 
 
 def draw(rng, dim, n, scale=1.0, mean=0.0):

@@ -23,7 +23,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
 import eval_geneval
-import geneval
+from evaluation import geneval
 
 
 def thing(name, score=0.95, box=(0, 0, 10, 10), color=None):

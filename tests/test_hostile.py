@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from dataset import Dataset
+from training.dataset import Dataset
 
 
 def noise(seed=0, size=(40, 36), mode="RGB"):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from make_inception_values import kept, pictures, random_state
 from PIL import Image
 
-import inception
+from evaluation import inception
 
 VALUES = Path(__file__).parent / "data/inception_values.npz"
 RANGES = {"clean": (-1, 127 / 128), "tensorflow": (-1, 127 / 128), "pytorch": (-1, 1)}

@@ -6,7 +6,7 @@ import pytest
 from conftest import launch
 from PIL import Image
 
-import masking
+from studies import ablate as masking
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from muon import Muon, orthogonal
+from training.muon import Muon, orthogonal
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (2, 24, 6), (1, 5, 30)])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
-import plot
+from common import plot
 
 
 def pixels_of(path, color):

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-import prompts
+from evaluation import prompts
 
 
 def written(path, content):

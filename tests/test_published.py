@@ -9,10 +9,10 @@ from PIL import Image
 from test_text import write_clip
 from test_vae import SMALL, published
 
-import checkpoint
 import model
-import released
 import sample
+from encoders import released
+from training import checkpoint
 
 # XL/2 but for its size: what a state dict does not tell has the default value
 NETWORK = dict(latent_size=8, latent_channels=4, dim=128, depth=4, mixer_depth=2, mixer_dim=64, caption_dim=32)
@@ -131,7 +131,7 @@ def test_a_picture_of_a_released_network_is_what_its_parts_give(models):
     loaded = sample.load(models / "dit.pt", "cpu", **ends)
     (image,) = sample.generate(loaded, ["a cat"], steps=3, guidance_scale=2.0, seed=5)
     noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(5)).unsqueeze(0)
-    latents = model.sample(loaded, noise, loaded.text_encoder(["a cat"]), 3, 2.0)
+    latents = model.sample(loaded.net, noise, loaded.text_encoder(["a cat"]), 3, 2.0)
     pixels = loaded.vae.decoder(loaded.vae.post_quant_conv(latents / 0.5))  # no shift
     expected = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round()[0].permute(1, 2, 0).numpy()
     assert abs(np.asarray(image, float) - expected).max() <= 1
@@ -149,7 +149,6 @@ def test_bfloat16_offload_and_compile_draw_the_same_picture(models, monkeypatch)
         return move(module, *args, **kwargs)
 
     loaded = sample.load(models / "dit.pt", offload="yes", **ends)
-    assert not any(name.startswith("vae.") for name, _ in loaded.named_parameters())
     monkeypatch.setattr(torch.nn.Module, "to", spy)
     loaded.device = torch.device("cpu", 0)  # a name that differs from the "cpu" of a part at rest
     offloaded = sample.generate(loaded, **draw)
@@ -160,11 +159,12 @@ def test_bfloat16_offload_and_compile_draw_the_same_picture(models, monkeypatch)
     for a, b in zip(plain, offloaded):
         np.testing.assert_array_equal(a, np.asarray(b))
     half = sample.load(models / "dit.pt", dtype="bfloat16", **ends)
-    assert half.final.linear.weight.dtype == half.vae.decoder.conv_in.weight.dtype == torch.bfloat16
+    assert half.net.final.linear.weight.dtype == torch.float32
+    assert half.vae.decoder.conv_in.weight.dtype == torch.bfloat16
     for a, b in zip(plain, sample.generate(half, **draw)):
         assert abs(a - np.asarray(b)).mean() < 4
     compiled = sample.load(models / "dit.pt", **ends)
-    compiled.compile(backend="eager")  # what --compile does, without a compiler
+    compiled.net.compile(backend="eager")  # what --compile does, without a compiler
     for a, b in zip(plain, sample.generate(compiled, **draw)):
         assert abs(a - np.asarray(b)).max() <= 1
     with pytest.raises(ValueError, match="dtype is 'float8'"):

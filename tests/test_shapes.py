@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import shapes
+from pictures import shapes
 
 
 def scenes(n, first=500_000, **kw):

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from captions import read_captions
-from pictures import Unusable, squares
-from sources import estimated_count, find_source
+from pictures.captions import read_captions
+from pictures.decode import Unusable, squares
+from pictures.sources import estimated_count, find_source
 
 
 def picture(seed=0, kind="PNG"):
@@ -177,7 +177,7 @@ def test_nsfw_scores_are_compared_in_their_own_precision(tmp_path):
     pa = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    from captions import harmless
+    from pictures.captions import harmless
 
     scores = {"a": (0.2, 0.2), "b": (0.2001, 0), "c": (0.1, float("nan")), "d": (0.1, None), "e": (2, 0)}
     columns = {

@@ -19,11 +19,11 @@ from test_kills import processes
 from test_train import SMALL
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import checkpoint
 import model
 import train
-from batches import Batches
-from dataset import Dataset, Rows
+from training import checkpoint
+from training.batches import Batches
+from training.dataset import Dataset, Rows
 
 
 @pytest.fixture(scope="module")

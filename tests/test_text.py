@@ -10,8 +10,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, C
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import encoders
-import released
-import text
+from encoders import released, text
 
 DATA = json.loads((Path(__file__).parent / "data/clip_tokens.json").read_text())
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -10,10 +10,10 @@ from conftest import launch
 from PIL import Image
 from safetensors.torch import load_file
 
-import checkpoint
 import train
-from batches import Batches, prefetched
-from dataset import Rows
+from training import checkpoint
+from training.batches import Batches, prefetched
+from training.dataset import Rows
 
 SMALL = (
     "--latent_size=8",

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import encoders
-import vae
+from encoders import vae
 
 # the shapes of stabilityai/sdxl-vae and ostris/vae-kl-f8-d16
 SDXL = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4, "scaling_factor": 0.13025}

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from dataset import decoded_captions
+from training.dataset import decoded_captions
 
 
 def generator(*key):

@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps
 
-from machine import exit_with_parent
+from common.machine import exit_with_parent
 
 # load() makes an error of it, for which a filter would not do: threads share the filters
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)

@@ -15,10 +15,10 @@ import torch
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-import sample
-from clip import tensors_hash
-from dataset import write_atomic
-from prompts import LISTED
+from common.files import write_atomic
+from evaluation.clip import tensors_hash
+from evaluation.prompts import LISTED
+from sampling.pipeline import GROUP, generate
 
 DESCRIBED = "generated.json"
 
@@ -30,10 +30,10 @@ def processes():
 
 def describe(model, jobs, **settings):
     """What the pictures of the jobs [(name, prompt, seed)] are a function of, the weights' hash among it"""
-    weights = [getattr(part, "model", part) for part in (model, model.vae, model.text_encoder)]
+    weights = [getattr(part, "model", part) for part in (model.net, model.vae, model.text_encoder)]
     return {**settings, "pictures": len(jobs), "prompts_sha256": hash_of(jobs),
             "weights_sha256": tensors_hash(*(w for w in weights if isinstance(w, torch.nn.Module))),
-            "device": model.device.type, "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+            "device": model.device.type, "dtype": str(model.dtype).removeprefix("torch."),
             "vae": str(getattr(model.vae, "name", "pixels")), "scaling_factor": model.vae.scaling_factor,
             "text_encoder": str(getattr(model.text_encoder, "name", "words"))}
 
@@ -85,20 +85,21 @@ def write_once(path, text):
     os.replace(temporary, path)
 
 
-def fill(model, folder, jobs, rank, world, batch_size, **drawing):
+def fill(model, folder, jobs, batch_size, **drawing):
     """Draw this process's share of the missing pictures. jobs: [(name in the folder, prompt, seed)].
 
     Batches are the same whatever is missing and however many processes there are, as rounding depends on a picture's
     neighbours in its batch: a batch of which any picture is missing is drawn as a whole.
     """
-    size = max(batch_size, sample.GROUP // batch_size * batch_size) if model.offload else batch_size
+    rank, world = processes()
+    size = max(batch_size, GROUP // batch_size * batch_size) if model.offload else batch_size
     batches = [jobs[i:i + size] for i in range(0, len(jobs), size)]
     todo = [b for b in batches[rank::world] if not all((Path(folder) / name).exists() for name, _, _ in b)]
     quiet = rank > 0 or not todo
     with tqdm(total=sum(map(len, todo)), unit=" pictures", desc=f"drawing {folder}", disable=quiet) as bar:
         for batch in todo:
             names, prompts, seeds = zip(*batch)
-            images = sample.generate(model, prompts, seed=seeds, batch_size=batch_size, **drawing)
+            images = generate(model, prompts, seed=seeds, batch_size=batch_size, **drawing)
             for name, prompt, seed, image in zip(names, prompts, seeds, images):
                 path = Path(folder) / name
                 path.parent.mkdir(parents=True, exist_ok=True)

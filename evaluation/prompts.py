@@ -9,9 +9,8 @@ from pathlib import Path
 
 from PIL import Image
 
-import captions
-import shapes
-from sources import PICTURES, pictures_below
+from pictures import captions, shapes
+from pictures.sources import PICTURES, pictures_below
 
 DRAWN = {"shapes": False, "shapes_unseen": True}  # of the drawn set: only pairs that were held out of training?
 FIRST_SCENE = 10_000_000  # as in eval_shapes.py: no training set uses these seeds

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import shapes
-from dataset import dequantize, quantize
 from encoders import load_text_encoder
+from pictures import shapes
+from training.dataset import dequantize, quantize
 
 
 def random_clip(captions):

@@ -38,9 +38,10 @@ from pathlib import Path
 import torch
 
 from bench import run_of
-from dataset import read_info, write_atomic
-from flops import forward_flops, parameters
-from plot import plot
+from common.files import write_atomic
+from common.flops import forward_flops, parameters
+from common.plot import plot
+from training.dataset import read_info
 
 CONFIG = "config/masking.py"
 ARMS = {  # name: (what is special about it, its settings beside those of CONFIG)

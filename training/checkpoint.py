@@ -13,8 +13,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-import released
-from dataset import write_atomic
+from common.files import write_atomic
+from encoders import released
 from model import MicroDiT, MicroDiTConfig
 
 

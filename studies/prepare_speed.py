@@ -35,7 +35,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from vae import KLAutoencoder
+from encoders.vae import KLAutoencoder
 
 SDXL = {"latent_channels": 4, "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
         "scaling_factor": 0.13025}

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-import shapes
-from captions import TABLES, look_up, records
-from pictures import Lost
+from pictures import shapes
+from pictures.captions import TABLES, look_up, records
+from pictures.decode import Lost
 
 PICTURES = (".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 TARS = (".tar", ".tgz", ".tar.gz")

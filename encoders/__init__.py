@@ -23,7 +23,7 @@ def load_vae(name, device="cpu", dtype=None, scaling_factor=None):
     if looks_like_a_name(name):
         raise ValueError(f"unknown autoencoder '{name}': there is 'pixels', or give a folder, a .safetensors file or a "
                          "hub id such as stabilityai/sdxl-vae")
-    import vae
+    from encoders import vae
     return vae.load(name, device, dtype, scaling_factor)
 
 
@@ -37,7 +37,7 @@ def load_text_encoder(name, device="cpu", dtype=None):
     if looks_like_a_name(name):
         raise ValueError(f"unknown text encoder '{name}': there is 'words', or give a folder or a hub id such as "
                          "apple/DFN5B-CLIP-ViT-H-14-378")
-    import text
+    from encoders import text
     return text.load(name, device, dtype)
 
 

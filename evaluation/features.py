@@ -15,10 +15,10 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-import inception
-from clip import similarity
-from frechet import Statistics
-from pictures import Unusable, load, square
+from evaluation import inception
+from evaluation.clip import similarity
+from evaluation.frechet import Statistics
+from pictures.decode import Unusable, load, square
 
 NAMED = 10  # bad pictures that an error names
 

@@ -1,0 +1,46 @@
+"""
+Pictures side by side, with their captions, as one picture to look at.
+"""
+import math
+
+from PIL import Image, ImageDraw, ImageFont
+
+GAP, BACKGROUND, MOST = 4, "#d0d0d0", 64  # pixels between pictures; a grey that no white picture vanishes in; per grid
+
+
+def enlarged(image, cell):
+    """The picture, enlarged without smoothing by a whole factor to about `cell` pixels if it is smaller"""
+    scale = max(1, round(cell / image.width))
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+
+
+def wrapped(text, font, width):
+    """The lines of a text, broken between words to fit into `width` pixels"""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
+
+
+def picture_grid(images, columns, captions=(), cell=128):
+    """The pictures row by row, each with its caption below it where there are captions."""
+    shown = [enlarged(image, cell) for image in images]
+    font = ImageFont.load_default(11)
+    w, h = shown[0].size
+    lines = [wrapped(text, font, w)[:6] for text in captions]
+    text_height = 13 * max(map(len, lines), default=0)
+    rows = math.ceil(len(shown) / columns)
+    size = columns * (w + GAP) + GAP, rows * (h + text_height + GAP) + GAP
+    grid = Image.new("RGB", size, BACKGROUND)
+    draw = ImageDraw.Draw(grid)
+    for i, image in enumerate(shown):
+        row, column = divmod(i, columns)
+        x, y = GAP + column * (w + GAP), GAP + row * (h + text_height + GAP)
+        grid.paste(image, (x, y))
+        for n, line in enumerate(lines[i] if i < len(lines) else ()):
+            draw.text((x, y + h + 1 + 13 * n), line, "black", font)
+    return grid

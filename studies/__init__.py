@@ -1,0 +1,1 @@
+"""Experiments that train or measure several things and print a table."""
