@@ -32,7 +32,7 @@ def axis(values, log):
     return low, high, lambda v: (v - low) / (high - low)
 
 
-def plot(path, lines, x_label, y_label, title="", log=False, labels=None):
+def line_plot(lines, x_label, y_label, *, title="", log=False, labels=None):
     """Draw {name: [(x, y), or (x, y, lowest, highest) for a band]}; log: y logarithmic; labels {name: a text a point}.
 
     ValueError where there is no point to draw, or one that is not finite (or with log not above 0).
@@ -40,7 +40,7 @@ def plot(path, lines, x_label, y_label, title="", log=False, labels=None):
     xs = [p[0] for points in lines.values() for p in points]
     ys = [v for line in lines.values() for p in line for v in p[1:]]
     if not ys or not all(map(math.isfinite, xs + ys)) or log and min(ys) <= 0:
-        raise ValueError(f"{path}: there is nothing to plot, or a number that has no place on the axis, in {lines}")
+        raise ValueError(f"there is nothing to plot, or a number that has no place on the axis, in {lines}")
     x_low, x_high, fx = axis(xs, False)
     y_low, y_high, fy = axis(ys, log)
     width, height = SIZE
@@ -73,4 +73,8 @@ def plot(path, lines, x_label, y_label, title="", log=False, labels=None):
                 if labels:
                     draw.text((x + 7, y - 7), labels[name][i], color, font, anchor="ls")
         draw.text((width - RIGHT - 8, TOP + 4 + 17 * n), name, color, font, anchor="ra")
-    image.save(path)
+    return image
+
+
+def plot(path, lines, x_label, y_label, **options):
+    line_plot(lines, x_label, y_label, **options).save(path)
