@@ -65,6 +65,7 @@ if __name__ == "__main__":
 
 import contextlib
 import importlib.util
+import inspect
 import math
 import os
 import signal
@@ -234,7 +235,9 @@ def wrapped(net, processes):
     if processes.world > 1:
         # around DDP, torch.compile splits the graph at its buckets, so that gradients are reduced during the backward
         # pass; with large buckets, as every cut is a graph more (XL/2: about ten, with DDP's 25 MB some hundred)
-        net = DistributedDataParallel(net, gradient_as_bucket_view=True, broadcast_buffers=False, bucket_cap_mb=512)
+        known = inspect.signature(DistributedDataParallel).parameters
+        sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # of older versions
+        net = DistributedDataParallel(net, gradient_as_bucket_view=True, bucket_cap_mb=512, **{sync: False})
     return torch.compile(net) if compile else net
 
 

@@ -34,10 +34,11 @@ def write_atomic(path, write):
         raise
 
 
-def remove_leftovers(folder, pattern="*"):
-    """Delete the temporary files that a kill left in a folder."""
-    for path in Path(folder).glob(pattern + TEMPORARY):
-        path.unlink(missing_ok=True)
+def remove_leftovers(folder, *patterns):
+    """Delete the temporary files that a kill left in a folder, and those of further patterns."""
+    for pattern in (f"*{TEMPORARY}", *patterns):
+        for path in Path(folder).glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def write_json(path, value):

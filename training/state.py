@@ -145,7 +145,6 @@ def describe_run(folder, run):
     """Make the run's folder: run.json, and model.py as it is now beside it. Leftovers of a killed run go."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
-    remove_leftovers(folder, ".tmp*")  # of the safetensors package, in runs of earlier versions
+    remove_leftovers(folder, ".tmp*")  # which the safetensors package left in runs of earlier versions
     write_json(folder / "run.json", run)
     shutil.copyfile(model.__file__, folder / "model.py")
