@@ -27,13 +27,13 @@ def launch(name, *args, fails=False, processes=1, cwd=ROOT, env=(), traceback=Fa
 
     traceback: of torchrun's own after an expected failure, then everything that was printed is returned.
     """
-    argv, env = [str(name), *map(str, args)], {"OMP_NUM_THREADS": "1"} | dict(env)
-    if processes == 1 and cwd == ROOT and hasattr(os, "fork"):
-        code, out, err = forked(argv, env)
+    argv = [str(name), *map(str, args)]
+    if processes == 1 and cwd == ROOT and not env and hasattr(os, "fork"):
+        code, out, err = forked(argv)
     else:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         p = subprocess.run([sys.executable, *(torchrun if processes > 1 else []), *argv], cwd=cwd, capture_output=True,
-                           text=True, env=os.environ | env)
+                           text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | dict(env))
         code, out, err = p.returncode, p.stdout, p.stderr
     assert (code != 0) == fails, out + err
     if fails and not traceback:
@@ -49,12 +49,11 @@ def zygote():
                             stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def forked(argv, env):
+def forked(argv):
     """(exit code, standard output, standard error) of a script"""
     with tempfile.TemporaryDirectory() as folder:
         files = {"out": f"{folder}/out", "err": f"{folder}/err"}
-        changed = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"} | env
-        zygote().stdin.write(json.dumps({"argv": argv, "env": changed} | files) + "\n")
+        zygote().stdin.write(json.dumps({"argv": argv, "env": dict(os.environ)} | files) + "\n")
         zygote().stdin.flush()
         code = int(zygote().stdout.readline())
         return code, *(Path(path).read_text(encoding="utf-8", errors="replace") for path in files.values())

@@ -1,4 +1,4 @@
-"""A step of train.py's loop: one graph, no waiting for the device, nothing at all if a gradient is not finite. Its parts."""
+"""A step of train.py's loop: one graph, no wait for the device, nothing at all if a gradient is not finite; its parts."""
 
 import contextlib
 import math
@@ -59,7 +59,8 @@ def run(monkeypatch, shapes16):
     def run(to, old=None, net=None, optimizer="adamw", **settings):
         values = {"batch_size": 4, "micro_batch_size": 4, "learning_rate": 1e-2, "max_steps": to, "log_every": 10 ** 6,
                   "schedule": "constant", "warmup_steps": 0, "mask_ratio": 0.75, "unmasked_steps": 0,
-                  "dtype": "float32", "checkpoint_every": 0, "eval_every": 0, "sample_every": 0, "keep_checkpoints": 1, "ema_decay": 0.9}
+                  "dtype": "float32",
+                  "checkpoint_every": 0, "eval_every": 0, "sample_every": 0, "keep_checkpoints": 1, "ema_decay": 0.9}
         for name, value in (values | {"optimizer": optimizer} | settings).items():
             monkeypatch.setattr(train, name, value)
         made = old or train.new_state(TINY, {}, CPU.device)
