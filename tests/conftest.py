@@ -72,6 +72,14 @@ def shapes16(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def shapes32(tmp_path_factory):
+    """A prepared folder of 24 drawn pictures of 32 px"""
+    folder = tmp_path_factory.mktemp("data") / "shapes32"
+    launch("prepare_latents.py", "--out", folder, "--limit=24")
+    return folder
+
+
 def log_of(run):
     return [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
 

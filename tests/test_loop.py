@@ -1,4 +1,4 @@
-"""A step of train.py's loop: one graph, no wait for the device, nothing at all if a gradient is not finite; its parts."""
+"""A step of train.py's loop: one graph, no wait for the device, nothing at all if a gradient is not finite."""
 
 import contextlib
 import math

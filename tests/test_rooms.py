@@ -1,4 +1,4 @@
-"""Imports go one way: scripts -> rooms -> model.py and common/; no room imports a script, no script another; no circle."""
+"""Imports go one way: scripts -> rooms -> model.py and common/; no room imports a script, no script another."""
 
 import ast
 import subprocess
