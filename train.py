@@ -104,14 +104,15 @@ def train(state, net, batches, report, processes):
         lr, masked = learning_rate_at(state.step), is_masked(state.step)
         for m in micros:
             latents, captions, sigma, noise, uniforms = next(stream)
-            ids_keep = kept_patches(uniforms, mask_ratio) if masked else None
-            with unreduced(net) if m != micros[-1] else contextlib.nullcontext():
+            ids_keep = kept_patches(uniforms, mask_ratio) if masked else None  # (B,K)
+            with accumulating(net, last=m == micros[-1]):
                 with autocast(processes.device):
                     loss = edm_loss(net, latents, captions, sigma, noise, ids_keep, reduce=False)  # (B,)
                 (loss.mean() / len(micros)).backward()
             report.losses.add(sigma, loss)
         grad_norm = clip_grad_norm_(state.net.parameters(), grad_clip or math.inf)
-        bad = state.optimizer.step(lr, grad_norm, keep_gradients=processes.world > 1)  # if bad, nothing changes
+        # a norm that is not finite makes it a bad step, which changes nothing; only the device knows
+        bad = state.optimizer.step(lr, grad_norm, keep_gradients=processes.world > 1)
         state.step += 1
         state.average.update(state.net, state.step, bad)
 
@@ -157,9 +158,9 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bfloat16(device))
 
 
-def unreduced(net):
-    """Keep the gradients of a micro-batch in this process: they are summed over the processes after the last one."""
-    return net.no_sync() if dist.is_initialized() else contextlib.nullcontext()
+def accumulating(net, last):
+    """Keep the gradients of a micro-batch in this process: with the last one they are averaged over all processes."""
+    return net.no_sync() if dist.is_initialized() and not last else contextlib.nullcontext()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
