@@ -42,8 +42,8 @@ def export(path, file, dtype, ema=True):
 def model_card(path, file, run, results):
     """Return the text of the model card: where the weights come from, how they were trained, how good they are."""
     losses = [e for e in read_jsonl(Path(path).parent / "log.jsonl") if "val_loss" in e and e["step"] <= run["step"]]
-    lines = [f"# {file.stem}", "", f"A MicroDiT network, step {run['step']:,} of {Path(path).parent.name}. Tensor names "
-             "are those of the paper's released checkpoints. It was trained on the latents and captions of:", "",
+    lines = [f"# {file.stem}", "", f"A MicroDiT network, step {run['step']:,} of {Path(path).parent.name}, under the "
+             "tensor names of the paper's released checkpoints. It was trained on latents and captions of:", "",
              f"- autoencoder: {run['data']['vae']['name']}, scaling factor {run['data']['vae']['scaling_factor']}",
              f"- text encoder: {run['data']['text_encoder']['name']}", f"- {run['data'].get('rows', '?'):,} pictures"]
     if losses:
