@@ -13,6 +13,7 @@ import importlib.util
 import io
 import sys
 import tokenize
+import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -42,7 +43,7 @@ def configure(module, network=""):
 
 
 def script_settings(script, config=None):
-    """The settings of a script that is not this one: its defaults, overwritten by a config file. It is not imported."""
+    """Return the settings of another script, its defaults overwritten by a config file. The script is not imported."""
     defaults = {name: default for name, (default, _) in read_defaults(ROOT / script).items()}
     return defaults | (read_config(config, defaults) if config else {})
 
@@ -158,7 +159,7 @@ def read_config(path, defaults):
         raise ValueError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
     settings = {}
     for name, value in values.items():
-        if name.startswith("_") or isinstance(value, type(ast)):  # modules that the file imported
+        if name.startswith("_") or isinstance(value, types.ModuleType):  # modules that the file imported
             continue
         if name not in defaults:
             raise ValueError(f"{path}: {unknown(name, defaults)}")

@@ -44,9 +44,7 @@ import re
 import sys
 from pathlib import Path
 
-from PIL.PngImagePlugin import PngInfo
-
-from common.images import MOST, decode_images, picture_grid
+from common.images import MOST, decode_images, picture_grid, save_picture
 from encoders import words_of
 from evaluation import drawn, geneval
 from model import SAMPLERS
@@ -113,8 +111,12 @@ def draw_all(pipeline, texts, negative, number):
     guidance = guidance_of(pipeline)
     print(f"drawing {len(texts)} pictures of {pipeline.size} px with {pipeline.name}, guidance {guidance:g}, {steps} "
           f"steps of {sampler} on {pipeline.device}", flush=True)
+
+    def keep(latents):
+        if len(denoised) < steps:
+            denoised.append(latents[:1].float().clone())
     batches = draw(pipeline, texts, steps, guidance, seed, sampler, negative_prompts=negative, sigma_max=sigma_max,
-                   batch_size=batch_size, progress=True, on_step=lambda z: denoised.append(z[:1].float()))
+                   batch_size=batch_size, progress=True, on_step=keep if progress_strip else None)
     for batch in batches:
         for image in batch:
             i = len(images)
@@ -134,12 +136,9 @@ def draw_all(pipeline, texts, negative, number):
 
 def write_picture(image, number, used):
     """Save a picture under a name that tells its prompt, with its settings inside."""
-    info = PngInfo()
-    info.add_itxt("prompt", used["prompt"])
-    info.add_itxt("seed", str(used["seed"]))
-    info.add_itxt("settings", json.dumps(used))
     slug = re.sub(r"\W+", "-", used["prompt"].lower())[:60].strip("-")
-    image.save(Path(out) / f"{number:05d}_{slug}_seed{used['seed']}.png", pnginfo=info)
+    save_picture(Path(out) / f"{number:05d}_{slug}_seed{used['seed']}.png", image, prompt=used["prompt"],
+                 seed=str(used["seed"]), settings=json.dumps(used))
 
 
 def write_grids(images, texts, rows, number):

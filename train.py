@@ -5,9 +5,9 @@ Prepared data -> checkpoints.
     python train.py config/tiny.py --mask_ratio 0 --out runs/unmasked
     torchrun --nproc_per_node=8 train.py config/small.py             # one process per GPU (or CPU)
 
-Everything random about a step is a function of (seed, step, index of the micro-batch in the global batch): the number
-of processes does not matter, and a run that is started again goes on as if it had never stopped, on a CPU bit by bit
-(GPUs add up in changing order).
+A step's random numbers depend only on the seed, the step and the micro-batch's index in the global batch. So the number
+of processes changes nothing, and a run that is started again goes on as if it had never stopped, bit by bit on a CPU.
+On GPUs the order of additions varies.
 """
 from common.machine import exit_with_launcher
 from configurator import configure, read_config
@@ -24,10 +24,10 @@ init_optimizer = False        # and from the state of its optimizer
 batch_size = 2048             # pictures per step, over all processes
 micro_batch_size = 256        # pictures per forward pass of one process
 max_steps = 250_000           # steps in all
-unmasked_steps = 0            # the last so many of them without masking
-mask_ratio = 0.75             # patches dropped after the mixer
+unmasked_steps = 0            # number of final steps without masking
+mask_ratio = 0.75             # fraction of the patches dropped after the mixer
 learning_rate = 2.4e-4        # at its peak
-warmup_steps = 2500           # linear from 0
+warmup_steps = 2500           # steps of linear warmup from 0
 schedule = "cosine"           # after the warmup: cosine or constant
 min_learning_rate = 0.33      # where the cosine ends, as a fraction of the peak
 optimizer = "adamw"           # adamw; muon: Muon for the blocks' matrices, AdamW for all else (docs/log.md)
@@ -36,7 +36,7 @@ beta2 = 0.999                 # AdamW
 weight_decay = 0.1            # on every parameter
 grad_clip = 0.25              # largest gradient norm; 0: no clipping
 p_mean = -0.6                 # ln sigma ~ N(p_mean, p_std^2)
-p_std = 1.2                   # see p_mean
+p_std = 1.2                   # standard deviation of ln sigma
 caption_dropout = 0.1         # captions replaced by zeros, for guidance
 ema_decay = 0.0               # moving average of the weights; 0: none
 ema_start = 0                 # step at which the average starts
@@ -57,7 +57,7 @@ checkpoint_every = 1000       # steps between checkpoints, besides the last; 0: 
 keep_checkpoints = 2          # older ones are deleted
 price = 0.0                   # dollars for an hour of one GPU, to show what the run costs; 0: not shown
 wandb = ""                    # Weights & Biases project that gets the log too (pip install wandb); empty: none
-# and the network: every field of MicroDiTConfig in model.py, but for the two that the data decide
+# and the network: every field of model.MicroDiTConfig but the two that the data decide, as settings["dim"]
 
 if __name__ == "__main__":
     settings = configure(globals(), network="model.MicroDiTConfig")
@@ -94,13 +94,13 @@ from training.state import State, delete_run, describe_run, find_resume
 
 
 def train(state, net, batches, report, processes):
-    """Train to max_steps, or until a signal, which is returned. net is state.net, wrapped for what it runs on."""
-    micros = range(processes.rank, batch_size // micro_batch_size, processes.world)  # of each step, this process's
+    """Train until max_steps or a signal, and return the signal's number or 0. net is state.net in DDP and compile."""
+    micros = range(processes.rank, batch_size // micro_batch_size, processes.world)  # this process's, of every step
     stream = batches.stream(((step, m) for step in range(state.step, max_steps) for m in micros), processes.device)
-    signals, first_step, stopped = Signals(processes), state.step + 1, 0
+    signals, first_step, stop_signal = Signals(processes), state.step + 1, 0
     report.meter.restart(state.step)
 
-    while state.step < max_steps and not stopped:
+    while state.step < max_steps and not stop_signal:
         lr, masked = learning_rate_at(state.step), is_masked(state.step)
         for m in micros:
             latents, captions, sigma, noise, uniforms = next(stream)
@@ -111,21 +111,22 @@ def train(state, net, batches, report, processes):
                 (loss.mean() / len(micros)).backward()
             report.losses.add(sigma, loss)
         grad_norm = clip_grad_norm_(state.net.parameters(), grad_clip or math.inf)
-        # a norm that is not finite makes it a bad step, which changes nothing; only the device knows
-        bad = state.optimizer.step(lr, grad_norm, keep_gradients=processes.world > 1)
+        # if the norm is not finite, the weights stay as they are; `bad` is on the device, and nobody waits for it here
+        bad = state.optimizer.step(lr, grad_norm, zero_in_place=processes.world > 1)  # and zero the gradients
         state.step += 1
         state.average.update(state.net, state.step, bad)
 
-        stopped, done = signals.agreed(), state.step == max_steps
-        if state.step % log_every == 0 or done or stopped or state.step == first_step:
-            report.step(state, lr, grad_norm, masked)
-        if is_due(state.step, eval_every):
+        stop_signal, done = signals.agreed(), state.step == max_steps
+        if state.step % log_every == 0 or done or stop_signal or state.step == first_step:
+            report.log_step(state, lr, grad_norm, masked)
+        if is_due(state.step, eval_every) and not stop_signal:  # a launcher gives a process seconds to end
             report.validate(state)
-        if is_due(state.step, sample_every) and processes.rank == 0:
+        if is_due(state.step, sample_every) and not stop_signal and processes.rank == 0:
             report.draw(state)
-        if (is_due(state.step, checkpoint_every) or done or stopped) and processes.rank == 0:
-            report.save(state, keep_checkpoints)
-    return stopped if state.step < max_steps else 0
+        if (is_due(state.step, checkpoint_every) or done or stop_signal) and processes.rank == 0:
+            with report.meter.paused():
+                state.save(out, keep_checkpoints)
+    return stop_signal if state.step < max_steps else 0
 
 
 def learning_rate_at(step):
@@ -159,7 +160,7 @@ def autocast(device):
 
 
 def accumulating(net, last):
-    """Keep the gradients of a micro-batch in this process: with the last one they are averaged over all processes."""
+    """Average the gradients over the processes only with the last micro-batch of a step."""
     return net.no_sync() if dist.is_initialized() and not last else contextlib.nullcontext()
 
 
@@ -174,7 +175,8 @@ def check_settings():
                  "learning_rate", "p_std"):
         if settings[name] <= 0:
             raise ValueError(f"{name} is {settings[name]}: it must be above 0")
-    for name in ("eval_every", "sample_every", "checkpoint_every", "warmup_steps", "ema_start", "loader_threads"):
+    for name in ("eval_every", "sample_every", "checkpoint_every", "warmup_steps", "ema_start", "loader_threads",
+                 "grad_clip", "weight_decay", "price"):
         if settings[name] < 0:
             raise ValueError(f"{name} is {settings[name]}: it must be at least 0")
     if batch_size % (micro_batch_size * world):
@@ -212,7 +214,7 @@ def open_data():
 
 
 def network_config(info):
-    """Return the MicroDiTConfig of the settings and of what the data say; ValueError if masking leaves too little."""
+    """Return the MicroDiTConfig of the settings and the data set; ValueError if masking leaves too few patches."""
     given = {f.name: settings[f.name] for f in fields(MicroDiTConfig) if f.name in settings}
     config = MicroDiTConfig(**given, latent_channels=info["vae"]["latent_channels"],
                             caption_dim=info["text_encoder"]["dim"])
@@ -227,15 +229,15 @@ def new_state(config, run, device):
     torch.manual_seed(seed)
     net = MicroDiT(config).to(device)
     net.activation_checkpointing = activation_checkpointing
-    made = Optimizer(net, optimizer, learning_rate, betas=(beta1, beta2), weight_decay=weight_decay)
-    return State(net, made, Average(ema_decay, ema_start), run)
+    optimizers = Optimizer(net, optimizer, learning_rate, betas=(beta1, beta2), weight_decay=weight_decay)
+    return State(net, optimizers, Average(ema_decay, ema_start), run)
 
 
-def wrapped(net, processes):
-    """Return the network for its processes, and compiled if that is wanted."""
+def wrap_network(net, processes):
+    """Wrap the network in DDP for several processes, and compile it if asked."""
     if processes.world > 1:
-        # around DDP, torch.compile splits the graph at its buckets, so that gradients are reduced during the backward
-        # pass; with large buckets, as every cut is a graph more (XL/2: about ten, with DDP's 25 MB some hundred)
+        # torch.compile outside DDP cuts the graph at each gradient bucket, so that reduction overlaps the backward
+        # pass. Large buckets keep the graphs few: about ten for XL/2, against some hundred with DDP's 25 MB.
         known = inspect.signature(DistributedDataParallel).parameters
         sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # of older versions
         net = DistributedDataParallel(net, gradient_as_bucket_view=True, bucket_cap_mb=512, **{sync: False})
@@ -276,10 +278,10 @@ def main():
     about_data = {k: train_set.info[k] for k in ("vae", "text_encoder", "resolutions", "words", "settings")}
     run = {"config": asdict(config), "settings": settings, "data": about_data | {"rows": len(rows)},
            "model_sha256": checkpoint.code_hash()}
-    processes = join(prepared(pick_device(device)))
+    processes = join(tune_for(pick_device(device)))
     # torchrun starts a crashed run again with the same command: its --overwrite was meant for the first start
     fresh = overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    resume = None if fresh else processes.from_first(find_resume, out, run)
+    resume = processes.from_first(lambda: None if fresh else find_resume(out, run))
     processes.check_same((str(resume), resume and resume.exists() and resume.stat().st_size, len(rows)),
                          "checkpoints or data")
 
@@ -288,7 +290,7 @@ def main():
         state.load(resume)
     elif init_from:
         state.start_from(init_from, init_optimizer)
-    if processes.rank == 0:  # not before everything that can be refused was read
+    if processes.rank == 0:  # only after everything that could be refused has been read
         if fresh:
             delete_run(out)
         describe_run(out, run)
@@ -297,19 +299,19 @@ def main():
     batches = Batches(train_set, rows, micro_batch_size, batch_size // micro_batch_size, tokens=config.tokens,
                       seed=seed, p_mean=p_mean, p_std=p_std, caption_dropout=caption_dropout,
                       threads=loader_threads if processes.device.type == "cuda" else 0)
-    stopped = train(state, wrapped(state.net, processes), batches, report, processes)
-    processes.leave()  # together: who leaves first would have the others ended before their checkpoint is written
-    if processes.rank == 0 and not stopped:
+    stop_signal = train(state, wrap_network(state.net, processes), batches, report, processes)
+    processes.leave()  # together, as torchrun may end the others while process 0 still writes
+    if processes.rank == 0 and not stop_signal:
         path = checkpoint.steps_of(out)[-1]
         print(f"done: {path}. Draw with: python sample.py --checkpoint {path} --prompt \"...\"")
-    if stopped:
+    if stop_signal:
         if processes.rank == 0:
-            print(f"stopped by {signal.Signals(stopped).name}. The same command goes on from {out}", flush=True)
-        raise SystemExit(128 + stopped)
+            print(f"stopped by {signal.Signals(stop_signal).name}. The same command goes on from {out}", flush=True)
+        raise SystemExit(128 + stop_signal)
 
 
-def prepared(device):
-    """Return the device after settings of the process that suit it."""
+def tune_for(device):
+    """Set process-wide options for this device, and return it."""
     torch.backends.cuda.matmul.allow_tf32 = True
     if device.type == "cpu":
         keep_freed_memory()

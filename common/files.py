@@ -56,7 +56,7 @@ def write_array(path, array):
 
 def write_lines(path, values):
     """Write one JSON value a line."""
-    # names of files may hold what is no text; JSON's own escape keeps it readable
+    # file names may contain bytes that are not valid text: escape them
     lines = (json.dumps(v, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n" for v in values)
     write_atomic(path, lambda file: file.writelines(lines))
 

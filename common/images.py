@@ -4,8 +4,13 @@ Latents to pictures, and pictures side by side with their captions as one to loo
 import math
 
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
-GAP, BACKGROUND, MOST = 4, "#d0d0d0", 64  # pixels between pictures; a grey that no white picture vanishes in; per grid
+from common.files import write_atomic
+
+GAP = 4                 # pixels between the pictures of a grid
+BACKGROUND = "#d0d0d0"  # a grey that no white picture vanishes in
+MOST = 64               # pictures of a grid
 
 
 def decode_images(vae, latents):
@@ -50,3 +55,11 @@ def picture_grid(images, columns, captions=(), cell=128):
         for n, line in enumerate(lines[i] if i < len(lines) else ()):
             draw.text((x, y + h + 1 + 13 * n), line, "black", font)
     return grid
+
+
+def save_picture(path, image, **texts):
+    """Write a PNG, whole or not at all, with these texts inside."""
+    info = PngInfo()
+    for name, text in texts.items():
+        info.add_itxt(name, text)
+    write_atomic(path, lambda file: image.save(file, "PNG", pnginfo=info))

@@ -34,7 +34,7 @@ def keep_freed_memory():
 
 
 def exit_with_parent():
-    """End this process when the one that started it is gone, however that ended: nobody else would."""
+    """End this process when its parent is gone, even after a SIGKILL of the parent."""
     parent = os.getppid()
     with contextlib.suppress(OSError):  # it may be gone already, and this process with init; not everywhere is a /proc
         command = Path(f"/proc/{parent}/cmdline").read_bytes()
@@ -51,7 +51,7 @@ def exit_with_parent():
 def exit_with_launcher():
     """End a process of torchrun or studies/ablate.py with its launcher.
 
-    A killed one would leave it behind, to write into the folder of the next run.
+    If the launcher is killed, its processes would otherwise go on writing into the next run's folder.
     """
     if {"TORCHELASTIC_RUN_ID", "EXIT_WITH_PARENT"} & os.environ.keys():
         exit_with_parent()

@@ -18,7 +18,7 @@ from model import MicroDiT
 from model import sample as draw_latents
 from training import checkpoint
 
-GROUP = 256  # pictures for which each part goes to the device once, where the parts take turns there
+GROUP = 256  # with offload: pictures per round, so that the parts move to the GPU rarely
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Pipeline:
 
     @contextlib.contextmanager
     def at_work(self, part):
-        """Have net, vae or text_encoder on the device; with offload, only within."""
+        """Move net, vae or text_encoder to the device; with offload, back to the CPU afterwards."""
         module = getattr(part, "model", part)  # a text encoder holds its module; the stand-ins have none
         if not self.offload or not isinstance(module, torch.nn.Module):
             yield

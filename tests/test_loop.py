@@ -36,7 +36,7 @@ class Quiet:
     def restart(self, step):
         pass
 
-    step = validate = draw = save = lambda self, *_: None
+    log_step = validate = draw = lambda self, *_: None
 
 
 class Ready:
@@ -110,13 +110,13 @@ def test_skipped_steps_are_shown_and_many_in_a_row_end_the_run(run, shapes16, tm
         made.optimizer.step(0.0, bad)
     report.losses.add(torch.ones(4), torch.ones(4))
     made.step = 10
-    report.step(made, 1e-2, norm, True)
+    report.log_step(made, 1e-2, norm, True)
     line = capsys.readouterr().out
     assert all(word in line for word in ("9 steps skipped", "MFU", "images/s", "$"))
     made.optimizer.step(0.0, bad)
     with pytest.raises(ValueError, match="last 10 steps .*step_00000001.safetensors"):
         made.step = 11
-        report.step(made, 1e-2, norm, True)
+        report.log_step(made, 1e-2, norm, True)
 
 
 class Reads(TorchDispatchMode):

@@ -58,7 +58,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint(shapes16, tmp_path, nproc, number
     text = Path(f"{out}.txt").read_text()
     assert f"stopped by {number.name}. The same command goes on" in text, text
     (saved,) = checkpoint.steps_of(out)
-    reached = checkpoint.read(saved, ("none",))[0]["step"]
+    reached = checkpoint.read(saved)[0]["step"]
     logged = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
     assert logged[-1] == reached < 60 and not processes(str(out))
     if nproc == 1:

@@ -70,7 +70,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(fit, tmp_path):
 
 def test_a_run_of_the_version_before_goes_on_and_samples(script, tmp_path):
     shutil.copytree(BEFORE / "run", tmp_path / "run")
-    made = json.loads(json.dumps(checkpoint.read(checkpoint.find(BEFORE / "run"), ("none",))[0]["settings"]))
+    made = json.loads(json.dumps(checkpoint.read(checkpoint.find(BEFORE / "run"))[0]["settings"]))
     words = [f"--data={BEFORE / 'data'}", f"--out={tmp_path / 'run'}", "--max_steps=6"]
     for name, value in made.items():
         if name not in ("data", "out", "max_steps") and value != []:

@@ -19,11 +19,10 @@ def generator(*key):
 
 
 class Batches:
-    """Micro-batch m of step s, from a seeded permutation of the rows for every epoch.
+    """Makes micro-batch m of step s. Every epoch has its own seeded permutation of the rows.
 
     rows: the data set's rows to train on (dataset.Rows). micros: micro-batches of a step, of `size` pictures each.
-    threads: that read ahead, for a GPU; a CPU has no use for them, as their own OpenMP threads would take turns with
-    the step's.
+    threads: number of reader threads, for a GPU alone: on a CPU they would take turns with the step's own.
     """
 
     def __init__(self, dataset, rows, size, micros, *, tokens, seed, p_mean, p_std, caption_dropout, threads=0):
@@ -58,7 +57,7 @@ class Batches:
         return {name: t.pin_memory() for name, t in batch.items()} if self.pool else batch
 
     def stream(self, keys, device):
-        """Yield what to_device makes of micro-batch m of step s for each (s, m) of the keys."""
+        """Yield the micro-batch of each (step, m) of the keys, as to_device gives it."""
         batches = prefetched(self, keys) if self.pool else (self(*key) for key in keys)
         return (to_device(batch, device) for batch in batches)
 
@@ -71,7 +70,7 @@ def to_device(batch, device):
 
 
 def prefetched(make, keys, ahead=2):
-    """make(*key) for each key, `ahead` of them meanwhile in a thread"""
+    """Yield make(*key) for each key, computed up to `ahead` calls early in a thread."""
     with ThreadPoolExecutor(1) as pool:
         pending = []
         for key in keys:

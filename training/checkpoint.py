@@ -80,8 +80,7 @@ def newest(root="runs"):
 
 
 def find(path):
-    """Return the file that `path` means: itself, a run folder's last checkpoint, the newest run's for "", or one of the
-    paper's on the hub."""
+    """Resolve a path: a file, a run folder (its last checkpoint), "" (the newest run), or the paper's on the hub."""
     if not path:
         return newest()
     if str(path).endswith(released.SUFFIXES) and not Path(path).exists() and str(path).count("/") >= 2:

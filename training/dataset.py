@@ -79,7 +79,7 @@ def check_same_encoders(info, folder, other, other_name):
 
 
 class Array:
-    """Rows of one .npy file. Read one by one, random rows come five times as fast from a disk as by a memory map.
+    """Rows of one .npy file. Reading random rows from a disk this way is five times as fast as a memory map.
 
     The file is opened anew for each row: nothing is kept open, however many shards there are, and on a local disk that
     costs nothing to speak of. On a network disk every opening is a message, so larger shards serve better there.
@@ -101,13 +101,15 @@ class Array:
         """Fill out, an array of this shape, with a row."""
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.offset + int(row) * self.size)
-            done = file.readinto(out.reshape(-1).view(np.uint8))
+            buffer, done = memoryview(out.reshape(-1).view(np.uint8)), 0
+            while count := file.readinto(buffer[done:]):  # a network disk may give a part at a time
+                done += count
         if done != self.size:
             raise ValueError(f"{self.path} is cut short: row {row} gives {done} of {self.size} bytes")
 
 
 class Rows:
-    """Ranges of row numbers one after another, as an index that numpy arrays can be taken from"""
+    """Maps 0..n-1 onto several ranges of row numbers; takes arrays of whole numbers."""
 
     def __init__(self, ranges):
         self.first = np.array([r.start for r in ranges])

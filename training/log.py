@@ -1,6 +1,6 @@
 """
-What a run tells: console lines, log.jsonl, speed and hours left, and the loss by noise level, as a mean over all levels
-hides what is happening.
+What a run tells: console lines, log.jsonl, speed and hours left, and the loss by noise level, because one mean over all
+levels hides what is happening.
 """
 import contextlib
 import json
@@ -78,8 +78,10 @@ class Log:
 
 
 class Meter:
-    """images/s, MFU and time left, of training alone. MFU is against the datasheet's dense bf16 peak of all GPUs, or,
-    where there is none, against matrix products measured at the start on as many machines.
+    """images/s, MFU and time left, of training alone.
+
+    MFU is relative to the datasheet's dense bf16 peak, or else to a matrix product timed at the start, times the number
+    of processes.
     """
 
     def __init__(self, config, run, caption_length, half, processes):
@@ -106,19 +108,19 @@ class Meter:
         return self.cost(step, self.run["max_steps"]) / rate if rate else None
 
     def restart(self, step):
-        self.started, self.first = time.time(), step
+        self.started, self.first = time.perf_counter(), step
 
     @contextlib.contextmanager
     def paused(self):
         """What happens within is not training."""
-        began = time.time()
+        began = time.perf_counter()
         yield
-        self.started += time.time() - began
-        self.pauses += time.time() - began
+        self.started += time.perf_counter() - began
+        self.pauses += time.perf_counter() - began
 
     def read(self, step):
         """{images_per_s, mfu, eta_s} since restart(), which begins again. mfu is None if FLOPs are not known."""
-        seconds, done = time.time() - self.started, self.cost(self.first, step)
+        seconds, done = time.perf_counter() - self.started, self.cost(self.first, step)
         self.training += seconds
         # validation, pictures and checkpoints will go on taking their share
         eta = seconds / done * self.cost(step, self.run["max_steps"]) * (1 + self.pauses / self.training)

@@ -1,7 +1,7 @@
 """
-The optimizers' step and the average of the weights, which leave everything as it is where a gradient is not finite.
+The optimizers' step and the moving average of the weights.
 
-The device decides that by itself: nobody waits for a number from it.
+If a gradient is not finite, neither weights nor average change. That is decided on the device: the CPU never waits.
 
 Muon (Jordan et al. 2024): momentum whose update is made orthogonal, one matrix at a time, by a Newton-Schulz iteration.
 torch.optim.Muon does so one matrix after another, and refuses the experts' three-dimensional weights. Here all matrices
@@ -82,20 +82,21 @@ class Optimizer:
             self.parts.append((Muon([named[n] for n in matrices], lr, weight_decay), matrices))
         self.skipped, self.skipped_in_a_row = torch.zeros(2, dtype=torch.int64, device=self.device)
 
-    def step(self, lr, grad_norm, keep_gradients=False):
+    def step(self, lr, grad_norm, zero_in_place=False):
         """Update the weights unless the gradient's norm is not finite, and return whether it is not, as a tensor.
 
-        keep_gradients: set them to zero instead of None. DDP's are views of its buckets, and would be made anew.
+        Gradients are then dropped, or zeroed in place: DDP's are views of its buckets, which None would throw away.
         """
         bad = ~grad_norm.isfinite()
         self.skipped = self.skipped + bad
         self.skipped_in_a_row = (self.skipped_in_a_row + bad) * bad
         for optimizer, _ in self.parts:
             optimizer.param_groups[0]["lr"] = lr
-            optimizer.found_inf = bad.float()
+            if self.device.type != "mps":
+                optimizer.found_inf = bad.float()
             if self.device.type != "mps" or not bad.item():  # AdamW there does not know found_inf
                 optimizer.step()
-            optimizer.zero_grad(set_to_none=not keep_gradients)
+            optimizer.zero_grad(set_to_none=not zero_in_place)
         return bad
 
     def tensors(self):
@@ -103,7 +104,8 @@ class Optimizer:
         found = {}
         for optimizer, names in self.parts:
             state = optimizer.state_dict()["state"]
-            found |= {f"{key}.{n}": value for i, n in enumerate(names) for key, value in state[i].items()}
+            # a parameter that never had a gradient has no state
+            found |= {f"{key}.{n}": value for i, n in enumerate(names) for key, value in state.get(i, {}).items()}
         return found
 
     def load(self, tensors):
@@ -111,9 +113,9 @@ class Optimizer:
         by_parameter = {}
         for name, value in tensors.items():
             key, _, parameter = name.partition(".")
-            by_parameter.setdefault(parameter, {})[key] = value
+            by_parameter.setdefault(parameter, {})[key] = value.clone()  # not a view of a file that will be deleted
         for optimizer, names in self.parts:
-            state = {i: by_parameter[n] for i, n in enumerate(names)}
+            state = {i: by_parameter[n] for i, n in enumerate(names) if n in by_parameter}
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

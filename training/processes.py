@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from common.machine import shared_store
 
-PATIENCE = timedelta(hours=1)  # for each other: a large checkpoint on a slow disk takes its time
+PATIENCE = timedelta(hours=1)  # how long to wait for another process; a large checkpoint takes time on a slow disk
 
 
 @dataclass
@@ -25,18 +25,18 @@ class Processes:
     def sum(self, tensor):
         """Return the sum of all processes' tensors, on the CPU."""
         if self.world > 1:
-            tensor = tensor.to(self.device)
+            tensor = tensor.to(self.device, copy=True)
             dist.all_reduce(tensor)
         return tensor.cpu()
 
-    def from_first(self, function, *args):
-        """Call the function in the first process alone, and return its value or raise its ValueError in all of them."""
+    def from_first(self, function):
+        """Call the function in the first process alone, and return its value or raise its error in all of them."""
         if self.world == 1:
-            return function(*args)
+            return function()
         box = [None, None]
         if self.rank == 0:
             try:
-                box[0] = function(*args)
+                box[0] = function()
             except (ValueError, OSError) as error:
                 box[1] = str(error)
         dist.broadcast_object_list(box, group=self.group)
@@ -67,6 +67,8 @@ def join(device):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         return Processes(rank, world, device)
+    if device.type == "mps":
+        raise ValueError("several processes cannot share a Mac's GPU: start one with python, or give --device cpu")
     on_gpu = device.type == "cuda"
     dist.init_process_group("nccl" if on_gpu else "gloo", store=shared_store(), rank=rank, world_size=world,
                             timeout=PATIENCE, device_id=device if on_gpu else None)
@@ -74,9 +76,10 @@ def join(device):
 
 
 class Signals:
-    """SIGTERM or SIGINT, noticed by all processes at the end of the same step: each tells the others at the end of
-    every step, without waiting, and reads what was said a step before. A second Ctrl-C ends it at once; SIGTERM may
-    come twice, as schedulers send it to all processes and torchrun passes its own on.
+    """Makes all processes stop after the same step, on SIGTERM or SIGINT.
+
+    Each step starts a reduction of the signals received, without waiting, and reads the result of the step before. A
+    second Ctrl-C ends it at once; SIGTERM may come twice, as schedulers send it to all and torchrun passes its own on.
     """
 
     def __init__(self, processes):
@@ -87,6 +90,7 @@ class Signals:
     def handle(self, number, frame):
         self.received = number
         if number == signal.SIGINT:
+            os.write(2, b"\nfinishing this step; Ctrl-C again ends at once\n")
             signal.signal(number, signal.default_int_handler)
 
     def agreed(self):

@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from common.files import read_jsonl
-from common.images import BACKGROUND, GAP, decode_images, picture_grid
+from common.images import BACKGROUND, GAP, decode_images, picture_grid, save_picture
 from common.plot import line_plot
 from encoders import load_vae
 from model import edm_loss
@@ -28,7 +27,7 @@ MOST_SKIPPED = 10  # steps in a row without a finite gradient, after which a run
 
 
 class Report:
-    """What a run tells while it trains. The losses are added to by the loop; the meter stands still meanwhile."""
+    """What a run tells while it trains. The loop adds to `losses`; `meter` is paused during reports."""
 
     def __init__(self, state, settings, validation, autocast, processes):
         """settings: those of train.py; validation: (data set, its rows); autocast(device) as the loop has it"""
@@ -45,7 +44,7 @@ class Report:
         if main and s["sample_every"]:
             self.vae = load_vae(info["vae"]["name"], processes.device, scaling_factor=info["vae"]["scaling_factor"])
 
-    def step(self, state, lr, grad_norm, masked):
+    def log_step(self, state, lr, grad_norm, masked):
         """Log the steps since the last time; ValueError if too many in a row had to be skipped."""
         loss, by_sigma = self.losses.read()
         norm, skipped, measured = grad_norm.item(), int(state.optimizer.skipped), self.meter.read(state.step)
@@ -86,12 +85,6 @@ class Report:
             save_samples(self.folder, state.step, images, texts)
             draw_progress(self.folder)
 
-    def save(self, state, keep):
-        """Write a checkpoint and delete all but the last `keep`."""
-        with self.meter.paused():
-            state.save(self.folder, keep)
-
-
 @torch.no_grad()
 def validate(net, val_set, ids, size, autocast, processes):
     """(loss, {noise level: loss}) without masking, on noise that never changes; `size` rows at a time"""
@@ -109,7 +102,7 @@ def validate(net, val_set, ids, size, autocast, processes):
         with autocast():
             loss = edm_loss(net, latents, captions, sigma[rows].to(device), noise, reduce=False)
         bins = noise_bins(sigma[rows], VAL_P_MEAN, VAL_P_STD)
-        total.index_add_(0, bins, loss.double().cpu())
+        total.index_add_(0, bins, loss.cpu().double())
         count.index_add_(0, bins, torch.ones(len(rows), dtype=torch.float64))
     net.train()
     sums = processes.sum(torch.stack([total, count]))
@@ -135,7 +128,7 @@ def save_samples(folder, step, images, texts):
     folder = Path(folder) / "samples"
     folder.mkdir(exist_ok=True)
     columns = math.ceil(len(images) ** 0.5)
-    picture_grid(images, columns, texts).save(folder / f"step_{step:08d}.png")
+    save_picture(folder / f"step_{step:08d}.png", picture_grid(images, columns, texts))
     (folder / "captions.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
     column = picture_grid(images[:8], 1, cell=64)
     strip, steps = Image.new("RGB", (0, column.height)), []
@@ -146,9 +139,7 @@ def save_samples(folder, step, images, texts):
     wider = Image.new("RGB", (strip.width + column.width, column.height), BACKGROUND)
     wider.paste(strip)
     wider.paste(column, (strip.width, 0))
-    info = PngInfo()
-    info.add_text("steps", json.dumps([*steps, step]))
-    wider.save(folder / "strip.png", pnginfo=info)
+    save_picture(folder / "strip.png", wider, steps=json.dumps([*steps, step]))
 
 
 def draw_progress(folder):
@@ -170,4 +161,4 @@ def draw_progress(folder):
     for part in parts:
         page.paste(part, ((page.width - part.width) // 2, top))
         top += part.height
-    page.save(folder / "progress.png")
+    save_picture(folder / "progress.png", page)

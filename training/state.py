@@ -13,7 +13,7 @@ from training import checkpoint
 from training.dataset import check_same_encoders
 from training.optimizer import Average, Optimizer
 
-# what may change between a run and its continuation, as it does not touch the weights (data are compared by content)
+# what may differ when a run goes on (data are compared by content); a larger max_steps also stretches the schedule
 NOT_COMPARED = {"data", "val_data", "out", "overwrite", "max_steps", "device", "compile", "activation_checkpointing",
                 "loader_threads", "log_every", "eval_every", "sample_every", "sample_steps", "sample_guidance",
                 "checkpoint_every", "keep_checkpoints", "price", "wandb"}
@@ -33,7 +33,7 @@ class State:
         return self.average.net or self.net
 
     def save(self, folder, keep):
-        """Write a checkpoint, delete all before it but the last ones, and return its path."""
+        """Write a checkpoint, keep the last `keep` of them, and return its path."""
         tensors = {f"model.{n}": t for n, t in self.net.state_dict().items()}
         if self.average.net:
             tensors |= {f"ema.{n}": t for n, t in self.average.net.state_dict().items()}
@@ -94,7 +94,7 @@ def as_json(value):
 
 
 def differences(old, new):
-    """Return what to say of each entry of `new` that is another one in `old`."""
+    """Describe each entry of `new` that differs in `old`."""
     return [f"{name}: {old.get(name)!r} there, {value!r} now" for name, value in new.items() if old.get(name) != value]
 
 
@@ -106,7 +106,7 @@ def find_resume(folder, run):
     damaged = []
     for path in reversed(checkpoint.steps_of(folder)):
         try:
-            old, _ = checkpoint.read(path, ("none",))
+            old, _ = checkpoint.read(path)
         except checkpoint.Damaged:
             damaged.append(path)
             continue
@@ -142,7 +142,7 @@ def delete_run(folder):
 
 
 def describe_run(folder, run):
-    """Make the run's folder: run.json, and model.py as it is now beside it. Leftovers of a killed run go."""
+    """Write run.json and a copy of model.py into the run's folder, and delete temporary files of a killed run."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder, ".tmp*")  # which the safetensors package left in runs of earlier versions
