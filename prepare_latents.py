@@ -44,15 +44,10 @@ if __name__ == "__main__":
 
 import hashlib
 import json
-import math
-import multiprocessing
 import os
-import re
 import shutil
-import sys
 import time
-from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor
+from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
 from datetime import timedelta
 from pathlib import Path
@@ -62,331 +57,130 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common.files import write_atomic, write_json, write_lines
+from common.files import write_json, write_lines
 from common.machine import pick_device, shared_store
 from encoders import load_text_encoder, load_vae, words_of
-from pictures.captions import clean_web_caption, harmless, read_captions
-from pictures.decode import Lost, Unusable, attempt, worker
-from pictures.sources import drawn_source, estimated_count, find_source, fingerprint
+from pictures import shards
+from pictures.captions import caption_chooser
+from pictures.decode import Unusable, decode_ahead, start_workers
+from pictures.sources import drawn_parts, estimated_count, find_parts, fingerprint, share_out
 from training.dataset import FORMAT, read_info, write_shard
 
 SHAPES_ROWS = 20_000
-# what may change between a run and its continuation
+# settings that may change between a run and its continuation
 NOT_COMPARED = ("out", "device", "ignore_disk", "overwrite", "workers")
-# the files of a shard
-OURS = re.compile(r"\d{5}(-\d{4,})?\.((latents\d+|captions|scales)\.npy|(rows|skipped)\.jsonl|done\.json)(\.tmp)?")
+
+
+def main():
+    check_settings()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    with start_workers(0 if workers < 0 and source == "shapes" else workers) as pool:  # "shapes" needs no decoding
+        store = shared_store() if world > 1 else dist.HashStore()
+        if rank == 0:
+            prepare_as_first(store, world, pool)
+        else:
+            prepare_as_another(store, rank, world, pool)
+
+
+def prepare_as_first(store, world, pool):
+    """Set up the folder, let the other processes begin, write this one's shards, and complete the folder."""
+    folder, models = Path(out), load_models()
+    parts, limits, choose_caption = open_source()
+    total = sum(limits) if limit else estimated_count(parts)
+    info = set_up(folder, models, parts, total)
+    records = shards.read_records(folder)
+    # the others are told what is finished: the records in the folder may be gone when the last process looks for them
+    finished = [(record["part"], record["shard"], record["last"]) for record in records.values()]
+    store.set("finished", json.dumps(None if info["complete"] else finished))
+    if info["complete"]:
+        return
+    before = sum(record["samples"] for record in records.values())
+    bar = tqdm(desc=f"process 1 of {world}" if world > 1 else None, total=(total - before) // world, unit=" pictures")
+    writer = ShardWriter(folder, *models, bar)
+    pictures = shards.pictures_of_process(parts, limits, shard_size, finished, 0, world)
+    write_shards(writer, pictures, choose_caption, pool)
+    while not shards.all_written(records := shards.read_records(folder, records), limits):  # by the other processes
+        time.sleep(0.2)
+    bar.close()
+    complete(folder, info, records)
+    report(folder, info, writer, sum(record["samples"] for record in records.values()) - before)
+    shards.delete_records(folder)
+
+
+def prepare_as_another(store, rank, world, pool):
+    """Write this process's shards, once the first process has fetched the models and accepted the settings."""
+    store.wait(["finished"], timedelta(days=1))
+    finished = json.loads(store.get("finished"))
+    if finished is not None:
+        parts, limits, choose_caption = open_source()
+        pictures = shards.pictures_of_process(parts, limits, shard_size, finished, rank, world)
+        write_shards(ShardWriter(Path(out), *load_models(), tqdm(disable=True)), pictures, choose_caption, pool)
+
+
+def write_shards(writer, pictures, choose_caption, pool):
+    chosen = ((shard, picture and choose_caption(*picture)) for shard, picture in pictures)
+    for shard, picture in decode_ahead(chosen, pool, 2 * batch_size, resolutions, min_size or min(resolutions)):
+        if picture:
+            writer.add(*picture)
+        else:
+            writer.write(*shard)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The work of one process: events of its shards, in order
-
-
-def shard_name(part, shard):
-    return f"{part:05d}" + (f"-{shard:04d}" if shard else "")
-
-
-def events(parts, take, rank, world, done):
-    """("picture", (name, picture, caption)) for the pictures of this process, and ("end", (part, shard, whether it is
-    the part's last)) after those of a shard. A shard is the samples k * shard_size to (k + 1) * shard_size of a part,
-    whatever becomes of them, so that it depends on nothing else. done: {name of a finished shard: its record}
-    """
-    by_part = sum(most > 0 for most in take) >= 4 * world  # else all go through all parts, and share the shards
-    lasts = {record["part"]: record["shard"] for record in done.values() if record["last"]}
-    for p, (part, most) in enumerate(zip(parts, take)):
-        def mine(shard):
-            return (p if by_part else p + shard) % world == rank and shard_name(p, shard) not in done
-        if not most or by_part and p % world != rank or p in lasts and not any(map(mine, range(lasts[p] + 1))):
-            continue
-        position = -1
-        for position, sample in enumerate(part.samples(lambda position: mine(position // shard_size))):
-            if position == most:
-                position -= 1
-                break
-            shard, first = divmod(position, shard_size)
-            if position and not first and mine(shard - 1):
-                yield "end", (p, shard - 1, False)
-            if mine(shard):
-                yield from (("picture", item) for item in sample)
-        last = max(position, 0) // shard_size
-        if mine(last):
-            yield "end", (p, last, True)
-
-
-def decoded(events, pool, usable, ahead):
-    """The same events, a picture as (name, caption, (width, height, squares) or Unusable); `ahead` of them are decoded
-    meanwhile.
-    """
-    waiting = deque()
-
-    def finish():
-        kind, value, work = waiting.popleft()
-        return kind, (*value, work.result() if hasattr(work, "result") else work) if kind == "picture" else value
-
-    for kind, value in events:
-        work = None
-        if kind == "picture":
-            name, picture, caption = value
-            caption, reason = usable(name, picture, caption)
-            value, args = (name, caption), (picture, resolutions, min_size or min(resolutions))
-            work = Unusable(reason) if reason else pool.submit(attempt, *args) if pool else attempt(*args)
-        waiting.append((kind, value, work))
-        if len(waiting) > ahead:
-            yield finish()
-    while waiting:
-        yield finish()
-
-
-def filters():
-    """usable(name, picture, caption) -> (caption, reason why the picture is left out, or "")"""
-    find = read_captions(captions) if captions else None
-    allowed = harmless(nsfw_scores, max_nsfw) if nsfw_scores else None
-
-    def usable(name, picture, caption):
-        if isinstance(picture, Lost):
-            return caption, str(picture)
-        if allowed is not None and name.rpartition("/")[2] not in allowed:
-            return caption, f"NSFW score above {max_nsfw}, or none"
-        caption = find(name) if find else caption
-        caption = caption if isinstance(caption, str) else ""
-        caption = caption.encode("utf-8", "replace").decode()  # halves of surrogate pairs, which no tokenizer takes
-        caption = clean_web_caption(caption) if clean_captions else caption.strip()
-        return caption, "" if caption else "no caption"
-    return usable
-
-
-def generator(text):
-    """Of a picture's one draw from its posterior: a function of its name, so that nothing depends on order or batch"""
-    seed = int.from_bytes(hashlib.sha256(text.encode(errors="surrogateescape")).digest()[:8], "little") >> 1
-    return torch.Generator().manual_seed(seed)
-
-
-class Encoder:
-    """Pictures of one batch -> rows of the current shard"""
-
-    def __init__(self, vae, text, device):
-        self.vae, self.text, self.device = vae, text, device
-        self.seconds = dict.fromkeys(("waiting for pictures", "encoding them", "encoding captions", "writing"), 0.0)
-        self.clock = time.time()
-        self.start_shard()
-
-    def start_shard(self):
-        self.latents, self.captions, self.rows = {r: [] for r in resolutions}, [], []
-        self.pending, self.skipped, self.samples = [], [], 0
-
-    def lap(self, stage):
-        now = time.time()
-        self.seconds[stage] += now - self.clock
-        self.clock = now
-
-    def add(self, name, caption, found):
-        self.samples += 1
-        if isinstance(found, Unusable):
-            self.skipped.append({"source": name, "reason": str(found)})
-            return
-        width, height, squares = found
-        self.pending.append((squares, {"caption": caption, "source": name, "width": width, "height": height}))
-        if len(self.pending) == batch_size:
-            self.flush()
-
-    def flush(self):
-        if not self.pending:
-            return
-        self.lap("waiting for pictures")
-        rows = [row for _, row in self.pending]
-        for i, r in enumerate(resolutions):
-            images = torch.from_numpy(np.stack([squares[i] for squares, _ in self.pending])).to(self.device)
-            images = images.permute(0, 3, 1, 2).float() / 127.5 - 1
-            draws = [generator(f"{row['source']} {r}") for row in rows]
-            self.latents[r].append(self.vae.encode(images, draws).half().cpu().numpy())
-        self.lap("encoding them")
-        self.captions.append(self.text([row["caption"] for row in rows]).half().cpu().numpy())
-        self.lap("encoding captions")
-        self.rows += rows
-        self.pending = []
-
-    def write(self, folder, part, shard, last):
-        """The files of the shard; the last of them, NAME.done.json, says that all are there."""
-        self.flush()
-        self.lap("waiting for pictures")
-        name = shard_name(part, shard)
-        if self.rows:
-            latents = {r: np.concatenate(a) for r, a in self.latents.items()}
-            write_shard(folder, name, latents, np.concatenate(self.captions), self.rows, caption_dtype)
-        write_lines(folder / f"{name}.skipped.jsonl", self.skipped)
-        record = {"part": part, "shard": shard, "last": last, "rows": len(self.rows), "samples": self.samples,
-                  "skipped": Counter(s["reason"].split(":")[0] for s in self.skipped), "words": [], "captions_cut": 0}
-        if hasattr(self.text, "vectors"):  # the stand-in, whose vocabulary sample.py wants to know
-            texts = [words_of(row["caption"]) for row in self.rows]
-            record["words"] = sorted({word for words in texts for word in words})
-            record["captions_cut"] = sum(len(words) > self.text.length for words in texts)
-        write_json(folder / f"{name}.done.json", record)
-        self.start_shard()
-        self.lap("writing")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The folder
-
-
-def starting_point(folder, new):
-    """dataset.json to go on from: what an unfinished run with the same settings left, or else `new`"""
-    path = folder / "dataset.json"
-    if overwrite and folder.is_dir():
-        for old in [path, folder / "skipped.jsonl", *(p for p in folder.iterdir() if OURS.fullmatch(p.name))]:
-            old.unlink(missing_ok=True)
-    if not path.exists():
-        return new
-    info = read_info(folder)
-    old = info["settings"]
-    differ = [f"{k}: {old.get(k)!r} there, {v!r} now" for k, v in new["settings"].items() if old.get(k, v) != v]
-    if differ:
-        raise ValueError(f"{folder} was prepared with other settings ({'; '.join(differ)}): give another --out, or "
-                         "--overwrite")
-    if not info["complete"] and info.get("source_hash", new["source_hash"]) != new["source_hash"]:
-        raise ValueError(f"{source} has changed since {folder} was begun (files came, went or were renamed): finished "
-                         "shards would no longer be what they were. --overwrite begins again, or restore the source")
-    return info
-
-
-def finished(folder):
-    """{name: record} of the finished shards, in order"""
-    found = [(path.name.removesuffix(".done.json"), json.loads(path.read_text(encoding="utf-8")))
-             for path in folder.glob("[0-9]*.done.json")]
-    return dict(sorted(found, key=lambda item: (item[1]["part"], item[1]["shard"])))
-
-
-def complete(folder, info):
-    """Gather what the shards' records say in dataset.json and skipped.jsonl"""
-    done = finished(folder)
-
-    def concatenate(file):
-        for name in done:
-            with open(folder / f"{name}.skipped.jsonl", "rb") as part:
-                shutil.copyfileobj(part, file)
-    write_atomic(folder / "skipped.jsonl", concatenate)
-    skipped = sum((Counter(record["skipped"]) for record in done.values()), Counter())
-    info["shards"] = [{"name": name, "rows": record["rows"]} for name, record in done.items() if record["rows"]]
-    info["rows"] = sum(shard["rows"] for shard in info["shards"])
-    info["captions_cut"] = sum(record["captions_cut"] for record in done.values())
-    info["words"] = sorted({word for record in done.values() for word in record["words"]})
-    info["skipped"] = dict(sorted(skipped.items()))
-    if not info["rows"]:
-        reasons = "; ".join(f"{n} x {reason}" for reason, n in skipped.items())
-        tidy(folder)  # the next start looks again: captions may have come
-        raise ValueError(f"none of the pictures of {source} could be used ({reasons}): see {folder / 'skipped.jsonl'}")
-    info["complete"] = True
-    write_json(folder / "dataset.json", info)
-
-
-def tidy(folder):
-    for pattern in ("[0-9]*.done.json", "[0-9]*.skipped.jsonl"):
-        for path in folder.glob(pattern):
-            path.unlink()
-
-
-def check_disk(folder, pictures, autoencoder, text):
-    """Print how much will be written; ValueError if the disk has not so much left"""
-    latents = sum(2 * autoencoder.latent_channels * (r // autoencoder.downsample) ** 2 for r in resolutions)
-    each = latents + text.length * text.dim * (2 if caption_dtype == "float16" else 1 + 2 / 32) + 300
-    there = sum(path.stat().st_size for path in folder.iterdir()) if folder.is_dir() else 0
-    above = next(p for p in [folder, *folder.absolute().parents] if p.is_dir())
-    free = shutil.disk_usage(above).free
-    print(f"{folder}: about {pictures:,} pictures, {each / 1e3:,.1f} kB each, {size(pictures * each)} in all; "
-          f"{size(free)} free", flush=True)
-    if pictures * each - there > free and not ignore_disk:
-        raise ValueError(f"{folder} would need about {size(pictures * each)}, and {size(free)} are free: give another "
-                         "--out, --caption_dtype int8, fewer --resolutions, a --limit, or --ignore_disk if many of the "
-                         "pictures will be left out")
-
-
-def size(n):
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000:
-            return f"{n:.3g} {unit}"
-        n /= 1000
-    return f"{n:,.1f} TB"
+# Before the first picture
 
 
 def check_settings():
-    for name, value in (("batch_size", batch_size), ("shard_size", shard_size),
-                        ("resolutions", min(resolutions, default=0))):
-        if value < 1:
-            raise ValueError(f"{name} is {value}: it must be at least 1")
-    if limit < 0 or min_size < 0:
-        raise ValueError("limit and min_size must not be negative")
+    for name, value, least in (("batch_size", batch_size, 1), ("shard_size", shard_size, 1), ("limit", limit, 0),
+                               ("resolutions", min(resolutions, default=0), 1), ("min_size", min_size, 0)):
+        if value < least:
+            raise ValueError(f"{name} is {value}: it must be at least {least}")
     if caption_dtype not in ("float16", "int8"):
         raise ValueError(f"caption_dtype is '{caption_dtype}': it must be float16 or int8")
+    if source != "shapes" and Path(out).absolute() == Path(source).absolute():
+        raise ValueError(f"out is the source, {source}: give a folder of its own")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Progress:
-    """One bar for all processes"""
-
-    def __init__(self, store, total, before, shown):
-        self.store, self.before, self.new = store, before, 0
-        self.bar = tqdm(total=total, initial=before, unit=" pictures", smoothing=0.05, disable=not shown)
-
-    def add(self):
-        self.new += 1
-        if self.new == 16:  # not for each picture: it may be a message to another machine
-            self.show()
-
-    def show(self):
-        n = self.before + self.store.add("pictures", self.new)
-        self.bar.total, self.new = max(self.bar.total, n), 0
-        self.bar.update(n - self.bar.n)
-
-
-def start_workers():
-    """The processes that decode pictures, or None. Early, as they are forked where the system can: nothing has threads
-    or a GPU yet.
-    """
-    n = workers
-    if n < 0:  # the drawn set has nothing to decode
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        n = 0 if source == "shapes" else max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    if not n:
-        return None
-    pool = ProcessPoolExecutor(n, multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn"), worker)
-    pool.submit(int).result()
-    return pool
-
-
-def parts_and_shares(rank):
-    """(parts of the source, how many samples of each are used, how many in all, large sources estimated)"""
-    if source == "shapes":
-        n = limit or SHAPES_ROWS
-        return (parts := drawn_source(range(first_seed, first_seed + n), max(resolutions), shard_size),
-                [part.size for part in parts], n)
-    parts = find_source(source, shard_size, root)
-    if not limit:  # one process has to know the number, for the bar and the disk
-        return parts, [math.inf] * len(parts), 0 if rank else estimated_count(parts)
-    take, left = [], limit
-    for part in parts:
-        take.append(min(left, part.count()) if left else 0)
-        left -= take[-1]
-    return parts, take, sum(take)
-
-
-def set_up(folder, autoencoder, text, parts, total):
-    """The folder's dataset.json, of a new or an unfinished preparation"""
+def load_models():
+    """Load (autoencoder, text encoder, the device that they are on)."""
+    picked = pick_device(device)
+    autoencoder = load_vae(vae, picked, scaling_factor=scaling_factor or None)
     for r in resolutions:
         if r % autoencoder.downsample:
             raise ValueError(f"resolution {r} is not a multiple of {autoencoder.downsample}, by which '{vae}' shrinks "
                              "pictures")
+    return autoencoder, load_text_encoder(text_encoder, picked), picked
+
+
+def open_source():
+    """Return the parts of the source, how many samples of each are used (None: all), and the choice of captions."""
+    if source == "shapes":
+        seeds = range(first_seed, first_seed + (limit or SHAPES_ROWS))
+        parts = drawn_parts(seeds, max(resolutions), shard_size)
+    else:
+        parts = find_parts(source, shard_size, root)
+    limits = share_out(parts, limit) if limit else [None] * len(parts)
+    return parts, limits, caption_chooser(captions, clean_captions, nsfw_scores, max_nsfw)
+
+
+def set_up(folder, models, parts, total):
+    """Write the dataset.json of a new preparation, or check that an earlier one may go on; return what it says."""
+    autoencoder, text, _ = models
     kept = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items() if k not in NOT_COMPARED}
-    info = starting_point(folder, {
-        "format": FORMAT, "complete": False, "rows": 0, "skipped": {}, "captions_cut": 0, "shards": [], "words": [],
-        "vae": {"name": vae, "scaling_factor": autoencoder.scaling_factor,
-                "latent_channels": autoencoder.latent_channels, "downsample": autoencoder.downsample},
-        "text_encoder": {"name": text_encoder, "length": text.length, "dim": text.dim},
-        "source_hash": fingerprint(parts), "caption_dtype": caption_dtype, "resolutions": list(resolutions),
-        "settings": kept})
+    info = {"format": FORMAT, "complete": False, "rows": 0, "skipped": {}, "captions_cut": 0, "shards": [], "words": [],
+            "vae": {"name": vae, "scaling_factor": autoencoder.scaling_factor,
+                    "latent_channels": autoencoder.latent_channels, "downsample": autoencoder.downsample},
+            "text_encoder": {"name": text_encoder, "length": text.length, "dim": text.dim},
+            "source_hash": fingerprint(parts), "caption_dtype": caption_dtype, "resolutions": list(resolutions),
+            "settings": kept}
+    if overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":  # a restart of torchrun's goes on
+        shards.delete_prepared(folder)
+    if (folder / "dataset.json").exists():
+        new, info = info, read_info(folder)
+        check_continuation(folder, info, new)
     if info["complete"]:
         print(f"{folder} is already prepared: {info['rows']:,} rows")
-        tidy(folder)
+        shards.delete_records(folder)  # which a kill at the very end has left
     else:
         check_disk(folder, total, autoencoder, text)
         folder.mkdir(parents=True, exist_ok=True)
@@ -394,65 +188,130 @@ def set_up(folder, autoencoder, text, parts, total):
     return info
 
 
-def main():
-    check_settings()
-    if source != "shapes" and Path(out).absolute() == Path(source).absolute():
-        raise ValueError(f"out is the source, {source}: give a folder of its own")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    pool = start_workers()
-    # all that the processes share besides the folder: a few counters
-    store = shared_store() if world > 1 else dist.HashStore()
-    try:
-        run(rank, world, store, pool)
-    finally:
-        if pool:
-            pool.shutdown(wait=False, cancel_futures=True)
+def check_continuation(folder, old, new):
+    """Raise ValueError if the settings or the source are not those of the unfinished run that `old` describes."""
+    before = old["settings"]
+    differ = [f"{k}: {before[k]!r} there, {v!r} now" for k, v in new["settings"].items() if before.get(k, v) != v]
+    if differ:
+        raise ValueError(f"{folder} was prepared with other settings ({'; '.join(differ)}): give another --out, or "
+                         "--overwrite")
+    if not old["complete"] and old.get("source_hash", new["source_hash"]) != new["source_hash"]:
+        raise ValueError(f"{source} has changed since {folder} was begun (files came, went or were renamed): finished "
+                         "shards would no longer be what they were. --overwrite begins again, or restore the source")
 
 
-def run(rank, world, store, pool):
-    if rank:  # the first process fetches models and may refuse the settings
-        store.wait(["ready"], timedelta(days=1))
-        if store.get("ready") == b"complete":
+def check_disk(folder, pictures, autoencoder, text):
+    """Print how much will be written; raise ValueError if the disk has not so much left."""
+    latents = sum(2 * autoencoder.latent_channels * (r // autoencoder.downsample) ** 2 for r in resolutions)
+    each = latents + text.length * text.dim * (2 if caption_dtype == "float16" else 1 + 2 / 32) + 300
+    written = sum(path.stat().st_size for path in folder.iterdir()) if folder.is_dir() else 0
+    above = next(p for p in [folder, *folder.absolute().parents] if p.is_dir())
+    needed, free = pictures * each / 1e9, shutil.disk_usage(above).free / 1e9
+    print(f"{folder}: about {pictures:,} pictures, {each / 1e3:,.1f} kB each, {needed:,.3f} GB in all; {free:,.3f} GB "
+          "free", flush=True)
+    if needed - written / 1e9 > free and not ignore_disk:
+        raise ValueError(f"{folder} would need about {needed:,.3f} GB, and {free:,.3f} GB are free: give another "
+                         "--out, --caption_dtype int8, fewer --resolutions, a --limit, or --ignore_disk if many of the "
+                         "pictures will be left out")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From pictures to the files of a shard
+
+
+class ShardWriter:
+    """Encodes pictures and captions in batches and writes them as the files of a shard."""
+
+    def __init__(self, folder, autoencoder, text, device, bar):
+        self.folder, self.autoencoder, self.text, self.device, self.bar = folder, autoencoder, text, device, bar
+        self.seconds = Counter()  # of each stage
+        self.started = self.clock = time.time()
+        self.begin_shard()
+
+    def begin_shard(self):
+        self.batch, self.rows, self.skipped = [], [], []
+        self.latents, self.embeddings = {r: [] for r in resolutions}, []
+
+    def lap(self, stage):
+        now = time.time()
+        self.seconds[stage] += now - self.clock
+        self.clock = now
+
+    def add(self, name, decoded, caption):
+        """Add a picture as (width, height, squares), or the Unusable that says why it is left out."""
+        self.bar.update()
+        if isinstance(decoded, Unusable):
+            self.skipped.append({"source": name, "reason": str(decoded)})
             return
-    where = pick_device(device)
-    autoencoder = load_vae(vae, where, scaling_factor=scaling_factor or None)
-    text = load_text_encoder(text_encoder, where)
-    parts, take, total = parts_and_shares(rank)
-    usable = filters()
-    folder = Path(out)
-    if rank == 0:
-        info = set_up(folder, autoencoder, text, parts, total)
-        store.set("ready", "complete" if info["complete"] else "go")
-        if info["complete"]:
-            return
-    done, encoder, started = finished(folder), Encoder(autoencoder, text, where), time.time()
-    progress = Progress(store, total, sum(record["samples"] for record in done.values()), rank == 0)
-    for kind, value in decoded(events(parts, take, rank, world, done), pool, usable, 2 * batch_size):
-        if kind == "end":
-            encoder.write(folder, *value)
-        else:
-            encoder.add(*value)
-            progress.add()
-    progress.show()
-    store.add("finished", 1)
-    if rank == 0:
-        while store.add("finished", 0) < world:
-            time.sleep(0.2)
-            progress.show()
-        progress.bar.close()
-        complete(folder, info)
-        report(folder, info, text, encoder.seconds, progress.bar.n - progress.before, time.time() - started)
-        tidy(folder)
+        width, height, squares = decoded
+        self.batch.append((squares, {"caption": caption, "source": name, "width": width, "height": height}))
+        if len(self.batch) == batch_size:
+            self.encode()
+
+    def encode(self):
+        self.lap("waiting for pictures")
+        rows = [row for _, row in self.batch]
+        for i, r in enumerate(resolutions):
+            images = torch.from_numpy(np.stack([squares[i] for squares, _ in self.batch])).to(self.device)
+            images = images.permute(0, 3, 1, 2).float() / 127.5 - 1                                # (B, 3, r, r)
+            draws = [generator_of(f"{row['source']} {r}") for row in rows]
+            self.latents[r].append(self.autoencoder.encode(images, draws).half().cpu().numpy())
+        self.lap("encoding them")
+        self.embeddings.append(self.text([row["caption"] for row in rows]).half().cpu().numpy())
+        self.lap("encoding captions")
+        self.rows += rows
+        self.batch = []
+
+    def write(self, part, shard, last):
+        """Write the files of a shard; the last of them, NAME.done.json, says that all are there."""
+        if self.batch:
+            self.encode()
+        self.lap("waiting for pictures")
+        name, samples = shards.name_of(part, shard), len(self.rows) + len(self.skipped)
+        if self.rows:
+            latents = {r: np.concatenate(a) for r, a in self.latents.items()}
+            write_shard(self.folder, name, latents, np.concatenate(self.embeddings), self.rows, caption_dtype)
+        write_lines(self.folder / f"{name}.skipped.jsonl", self.skipped)
+        record = {"part": part, "shard": shard, "last": last, "rows": len(self.rows), "samples": samples,
+                  "skipped": Counter(s["reason"].split(":")[0] for s in self.skipped), "words": [], "captions_cut": 0}
+        if hasattr(self.text, "vectors"):  # the stand-in, whose vocabulary sample.py wants to know
+            texts = [words_of(row["caption"]) for row in self.rows]
+            record["words"] = sorted({word for words in texts for word in words})
+            record["captions_cut"] = sum(len(words) > self.text.length for words in texts)
+        write_json(self.folder / f"{name}.done.json", record)
+        self.begin_shard()
+        self.lap("writing")
 
 
-def report(folder, info, text, seconds, pictures, elapsed):
+def generator_of(text):
+    """Return the generator of a picture's draw from its posterior, which depends on the name alone, not on a batch."""
+    seed = int.from_bytes(hashlib.sha256(text.encode(errors="surrogateescape")).digest()[:8], "little") >> 1
+    return torch.Generator().manual_seed(seed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# After the last picture
+
+
+def complete(folder, info, records):
+    """Write dataset.json and skipped.jsonl of all shards; raise ValueError if no picture could be used."""
+    shards.gather(folder, info, records)
+    if not info["rows"]:
+        shards.delete_records(folder)  # the next start looks again: captions may have come
+        reasons = "; ".join(f"{n} x {reason}" for reason, n in info["skipped"].items())
+        raise ValueError(f"none of the pictures of {source} could be used ({reasons}): see {folder / 'skipped.jsonl'}")
+    info["complete"] = True
+    write_json(folder / "dataset.json", info)
+
+
+def report(folder, info, writer, pictures):
     words = f", {len(info['words'])} different words" if info["words"] else ""
     print(f"{folder}: {info['rows']:,} rows in {len(info['shards'])} shards{words}")
-    if total := sum(seconds.values()):
-        print(f"{pictures / elapsed:,.1f} pictures/s; of the first process's time: "
-              + ", ".join(f"{stage} {100 * s / total:.0f} %" for stage, s in seconds.items()))
+    if total := sum(writer.seconds.values()):
+        print(f"{pictures / (time.time() - writer.started):,.1f} pictures/s; of the first process's time: "
+              + ", ".join(f"{stage} {100 * s / total:.0f} %" for stage, s in writer.seconds.items()))
     if info["captions_cut"]:
-        print(f"{info['captions_cut']:,} captions are longer than {text.length} words and were cut there")
+        print(f"{info['captions_cut']:,} captions are longer than {writer.text.length} words and were cut there")
     for reason, n in info["skipped"].items():
         print(f"skipped {n:,}: {reason} (listed in {folder / 'skipped.jsonl'})")
 

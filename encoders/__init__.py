@@ -13,37 +13,30 @@ import torch.nn.functional as F
 
 
 def load_vae(name, device="cpu", dtype=None, scaling_factor=None):
-    """The autoencoder `name`: "pixels", or a published one as a folder, a .safetensors file or a hub id (vae.py).
+    """Load the autoencoder `name`: "pixels", or a published one as a folder, a .safetensors file or a hub id.
 
     .posterior(images) -> mean, logvar; .encode(images, generator=None) -> scaled latents; .decode(latents) -> images.
-    ValueError if there is no such autoencoder.
     """
     if name == "pixels":
         return Pixels(scaling_factor)
-    if looks_like_a_name(name):
-        raise ValueError(f"unknown autoencoder '{name}': there is 'pixels', or give a folder, a .safetensors file or a "
-                         "hub id such as stabilityai/sdxl-vae")
+    check_name(name, "autoencoder", "pixels", "a folder, a .safetensors file or a hub id such as stabilityai/sdxl-vae")
     from encoders import vae
     return vae.load(name, device, dtype, scaling_factor)
 
 
 def load_text_encoder(name, device="cpu", dtype=None):
-    """The text encoder `name`: "words", or CLIP or T5 as a folder or hub id (text.py). Captions -> (B,L,D) float.
-
-    ValueError if there is no such encoder.
-    """
+    """Load the text encoder `name`: "words", or CLIP or T5 as a folder or hub id. It turns captions into (B,L,D)."""
     if name == "words":
         return Words(device)
-    if looks_like_a_name(name):
-        raise ValueError(f"unknown text encoder '{name}': there is 'words', or give a folder or a hub id such as "
-                         "apple/DFN5B-CLIP-ViT-H-14-378")
+    check_name(name, "text encoder", "words", "a folder or a hub id such as apple/DFN5B-CLIP-ViT-H-14-378")
     from encoders import text
     return text.load(name, device, dtype)
 
 
-def looks_like_a_name(name):
-    """A single word that is nothing on this disk: a misspelt name rather than a path or a hub id"""
-    return "/" not in str(name) and not Path(name).exists()
+def check_name(name, kind, stand_in, others):
+    """Raise ValueError for a single word that is nothing on this disk: a misspelt name rather than a hub id."""
+    if "/" not in str(name) and not Path(name).exists():
+        raise ValueError(f"unknown {kind} '{name}': there is '{stand_in}', or give {others}")
 
 
 class Pixels:
@@ -59,12 +52,12 @@ class Pixels:
         self.scaling_factor = scaling_factor or 1.36
 
     def posterior(self, images):
-        """Mean and log-variance of the unscaled latents; the variance is (almost) zero, as nothing is lost."""
+        """Return mean and log-variance of the unscaled latents; the variance is almost zero, as nothing is lost."""
         mean = F.pixel_unshuffle(images, self.downsample)
         return mean, torch.full_like(mean, -30.0)
 
     def encode(self, images, generator=None):
-        """Scaled latents. A draw from so narrow a posterior is its mean, so the generator is not used."""
+        """Return scaled latents. A draw from so narrow a posterior is its mean, so the generator is not used."""
         return self.posterior(images)[0] * self.scaling_factor
 
     def decode(self, latents):
@@ -93,7 +86,7 @@ class Words:
         return out.to(self.device)
 
     def vector(self, text):
-        """Uniform numbers of unit variance from a hash of the text alone"""
+        """Return uniform numbers of unit variance, made from a hash of the text alone."""
         if text not in self.vectors:
             digest = hashlib.shake_256(text.encode()).digest(self.dim)
             self.vectors[text] = (torch.tensor(list(digest), dtype=torch.float32) - 127.5) / 73.9
@@ -101,5 +94,5 @@ class Words:
 
 
 def words_of(caption):
-    """The lower-case words of a caption, without punctuation"""
+    """Return the lower-case words of a caption, without punctuation."""
     return re.findall(r"[^\W_]+", caption.lower())

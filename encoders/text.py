@@ -14,22 +14,7 @@ import torch
 
 QUICK_GELU = ("apple/dfn", "openai/clip")  # models that were trained with x * sigmoid(1.702 x)
 T5_LENGTH = 120
-
-
-def clean(text):
-    """A caption as open_clip's tokenizer sees it: repaired, unescaped, one space between words, lower case.
-
-    Stands in for ftfy, which open_clip uses: quotes, ligatures, full-width forms and control characters are repaired,
-    mojibake is not.
-    """
-    if "<" not in text:
-        text = html.unescape(text)
-    text = text.translate(REPAIRS)
-    text = FULL_WIDTH.sub(lambda m: unicodedata.normalize("NFKC", m[0]), text)
-    text = html.unescape(html.unescape(unicodedata.normalize("NFC", text)))
-    return " ".join(text.split()).lower()
-
-
+# what ftfy, which open_clip uses, repairs: quotes, ligatures, full-width forms, control characters (but not mojibake)
 LIGATURES = [*range(0xFB00, 0xFB07), 0x132, 0x133, 0x149, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4)]
 CONTROLS = [*range(0x09), 0x0B, *range(0x0E, 0x20), 0x7F, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD)]
 REPAIRS = (dict.fromkeys(CONTROLS) | {c: unicodedata.normalize("NFKC", chr(c)) for c in LIGATURES}
@@ -37,49 +22,59 @@ REPAIRS = (dict.fromkeys(CONTROLS) | {c: unicodedata.normalize("NFKC", chr(c)) f
 FULL_WIDTH = re.compile("[\u3000\uff01-\uffe6]+")
 
 
+def clean(text):
+    """Return a caption as open_clip's tokenizer sees it: repaired, unescaped, one space between words, lower case."""
+    if "<" not in text:
+        text = html.unescape(text)
+    text = FULL_WIDTH.sub(lambda m: unicodedata.normalize("NFKC", m[0]), text.translate(REPAIRS))
+    text = html.unescape(html.unescape(unicodedata.normalize("NFC", text)))
+    return " ".join(text.split()).lower()
+
+
 class CLIP:
-    """(B,77,width): the tokens after the final layer norm, all of them, padding too"""
+    """Captions -> (B,77,width): the tokens after the final layer norm, all of them, the padding too."""
 
     def __init__(self, name, device, dtype):
         from transformers import CLIPTextModel, CLIPTokenizer
-        self.tokenizer = CLIPTokenizer.from_pretrained(name)
+        self.name, self.tokenizer = str(name), CLIPTokenizer.from_pretrained(name)
         self.model = CLIPTextModel.from_pretrained(name, dtype=dtype).to(device).eval().requires_grad_(False)
-        config = self.model.config
-        if needs_quick_gelu(name) and config.hidden_act != "quick_gelu":
-            raise ValueError(f"text encoder {name}: its config says hidden_act {config.hidden_act}, but it was trained "
-                             "with quick_gelu: every embedding would be slightly wrong. Mend its config.json")
-        self.length, self.dim = config.max_position_embeddings, config.hidden_size
+        self.length, self.dim = self.model.config.max_position_embeddings, self.model.config.hidden_size
+        if needs_quick_gelu(name) and self.model.config.hidden_act != "quick_gelu":
+            raise ValueError(f"its config says hidden_act {self.model.config.hidden_act}, but it was trained with "
+                             "quick_gelu: every embedding would be slightly wrong. Mend its config.json")
+
+    def tokens(self, captions):
+        """Return token ids and attention mask, each (B,L)."""
+        return self.tokenizer([clean(c) for c in captions], padding="max_length", max_length=self.length,
+                              truncation=True, return_tensors="pt").to(self.model.device)
 
     def ids(self, captions):
-        """Token ids (B,77), as open_clip's: padded with 0. No special pad token is set, as its text "!" is a word."""
-        batch = self.tokenizer([clean(c) for c in captions], padding="max_length", max_length=self.length,
-                               truncation=True, return_tensors="pt")
+        """Return the token ids (B,77) as open_clip's, padded with 0. A pad token of its own would change "!"."""
+        batch = self.tokens(captions)
         return batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 0)
 
     @torch.no_grad()
     def __call__(self, captions):
         # no attention mask: the released network attends to the padding too, so it must be what it was in training
-        return self.model(self.ids(captions).to(self.model.device)).last_hidden_state.float()
+        return self.model(self.ids(captions)).last_hidden_state.float()
 
 
-class T5:
-    """(B,120,width): the encoder's last hidden state; padding is masked inside it and kept in the output"""
+class T5(CLIP):
+    """Captions -> (B,120,width): the encoder's last hidden state; padding is masked inside and kept in the output."""
 
     def __init__(self, name, device, dtype):
         from transformers import AutoTokenizer, T5EncoderModel
-        self.tokenizer = AutoTokenizer.from_pretrained(name)
+        self.name, self.tokenizer = str(name), AutoTokenizer.from_pretrained(name)
         self.model = T5EncoderModel.from_pretrained(name, dtype=dtype).to(device).eval().requires_grad_(False)
         self.length, self.dim = T5_LENGTH, self.model.config.d_model
 
     @torch.no_grad()
     def __call__(self, captions):
-        batch = self.tokenizer([clean(c) for c in captions], padding="max_length", max_length=self.length,
-                               truncation=True, return_tensors="pt").to(self.model.device)
-        return self.model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state.float()
+        return self.model(**self.tokens(captions)).last_hidden_state.float()
 
 
 def load(name, device="cpu", dtype=None):
-    """The text encoder of a hub id or folder. dtype None: bfloat16 on a GPU, float32 elsewhere."""
+    """Load the text encoder of a hub id or folder; dtype None is bfloat16 on a GPU and float32 elsewhere."""
     from transformers import AutoConfig
     from transformers.utils import logging
     logging.set_verbosity_error()  # a whole CLIP model holds a vision tower too, which is no news
@@ -89,20 +84,18 @@ def load(name, device="cpu", dtype=None):
         kind = AutoConfig.from_pretrained(name).model_type
         if kind not in ("clip", "clip_text_model", "t5"):
             raise ValueError(f"it is of the kind {kind}: CLIP and T5 are understood")
-        encoder = (T5 if kind == "t5" else CLIP)(name, device, dtype)
+        return (T5 if kind == "t5" else CLIP)(name, device, dtype)
     except (OSError, ImportError) as error:
         raise ValueError(f"text encoder {name}: it is neither a folder here nor could it be fetched from the hub "
                          f"({type(error).__name__}: {str(error).strip().splitlines()[0]})") from None
     except ValueError as error:
         raise ValueError(f"text encoder {name}: {error}") from None
-    encoder.name = str(name)
-    return encoder
 
 
 def needs_quick_gelu(name):
-    """Whether a model's name, or the open_clip config beside its weights, says so"""
+    """Return whether the model's name, or the open_clip config beside its weights, says so."""
     config = Path(name) / "open_clip_config.json"
     if config.is_file():
-        model = json.loads(config.read_text()).get("model_cfg", {})
+        model = json.loads(config.read_text(encoding="utf-8")).get("model_cfg", {})
         return bool(model.get("quick_gelu") or "quickgelu" in str(model.get("text_cfg", {})))
     return str(name).lower().startswith(QUICK_GELU)

@@ -9,6 +9,7 @@ Nothing about its shape is assumed: it is built from config.json, or for a singl
 """
 import json
 import re
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -23,6 +24,14 @@ DEFAULTS = {
     "in_channels": 3, "out_channels": 3, "latent_channels": 4, "block_out_channels": [64], "layers_per_block": 1,
     "norm_num_groups": 32, "act_fn": "silu", "shift_factor": None, "force_upcast": True, "use_quant_conv": True,
     "use_post_quant_conv": True, "mid_block_add_attention": True, "latents_mean": None, "latents_std": None}
+# from the tensor names of the LDM code and of early diffusers to those of today, replaced in this order
+RENAMED = {
+    "encoder.down.": "encoder.down_blocks.", ".mid.block_1.": ".mid_block.resnets.0.",
+    ".mid.block_2.": ".mid_block.resnets.1.", ".mid.attn_1.norm.": ".mid_block.attentions.0.group_norm.",
+    ".mid.attn_1.proj_out.": ".mid_block.attentions.0.to_out.0.", ".mid.attn_1.": ".mid_block.attentions.0.to_",
+    ".block.": ".resnets.", ".downsample.": ".downsamplers.0.", ".upsample.": ".upsamplers.0.",
+    ".nin_shortcut.": ".conv_shortcut.", ".norm_out.": ".conv_norm_out.",
+    ".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
 class ResnetBlock(nn.Module):
@@ -40,106 +49,76 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention of all positions, in one head as wide as the layer"""
+    """Attend from every position to all, in one head as wide as the layer."""
 
     def __init__(self, channels, groups):
         super().__init__()
         self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
     def forward(self, x):
         h = self.group_norm(x).flatten(2).transpose(1, 2)                                       # (B, H*W, C)
         q, k, v = (layer(h).unsqueeze(1) for layer in (self.to_q, self.to_k, self.to_v))        # (B, 1, H*W, C)
-        h = self.to_out[0](F.scaled_dot_product_attention(q, k, v).squeeze(1))
+        h = self.to_out(F.scaled_dot_product_attention(q, k, v).squeeze(1))
         return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
-class Downsample(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # one-sided, as it was trained
-
-
-class Upsample(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-class Level(nn.Module):
-    """The ResNet blocks of one resolution, then a change of resolution if it has one"""
-
-    def __init__(self, channels, out_channels, layers, groups, down=False, up=False):
-        super().__init__()
-        widths = [channels] + [out_channels] * layers
-        self.resnets = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:]))
-        if down:
-            self.downsamplers = nn.ModuleList([Downsample(out_channels)])
-        if up:
-            self.upsamplers = nn.ModuleList([Upsample(out_channels)])
-
-    def forward(self, x):
-        for layer in [*self.resnets, *getattr(self, "downsamplers", ()), *getattr(self, "upsamplers", ())]:
-            x = layer(x)
-        return x
-
-
 class MidBlock(nn.Module):
+    """Two ResNet blocks at the coarsest resolution, with attention between them if the config asks for it."""
+
     def __init__(self, channels, groups, attention):
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, groups) for _ in range(2))
-        self.attentions = nn.ModuleList([Attention(channels, groups)] if attention else [])
+        self.resnets = resnets([channels] * 3, groups)
+        self.attentions = nn.Sequential(Attention(channels, groups)) if attention else nn.Identity()
 
     def forward(self, x):
-        x = self.resnets[0](x)
-        for attention in self.attentions:
-            x = attention(x)
-        return self.resnets[1](x)
+        return self.resnets[1](self.attentions(self.resnets[0](x)))
 
 
-class Encoder(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        widths, groups = c["block_out_channels"], c["norm_num_groups"]
-        self.conv_in = nn.Conv2d(c["in_channels"], widths[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(
-            Level(widths[max(i - 1, 0)], w, c["layers_per_block"], groups, down=i < len(widths) - 1)
-            for i, w in enumerate(widths))
-        self.mid_block = MidBlock(widths[-1], groups, c["mid_block_add_attention"])
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * c["latent_channels"], 3, padding=1)
-
-    def forward(self, x):
-        x = self.conv_in(x)
-        for level in self.down_blocks:
-            x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+def chain(**layers):
+    """Return the layers one after another, each under its name."""
+    return nn.Sequential(OrderedDict(layers))
 
 
-class Decoder(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        widths, groups = c["block_out_channels"][::-1], c["norm_num_groups"]
-        self.conv_in = nn.Conv2d(c["latent_channels"], widths[0], 3, padding=1)
-        self.mid_block = MidBlock(widths[0], groups, c["mid_block_add_attention"])
-        self.up_blocks = nn.ModuleList(
-            Level(widths[max(i - 1, 0)], w, c["layers_per_block"] + 1, groups, up=i < len(widths) - 1)
-            for i, w in enumerate(widths))
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], c["out_channels"], 3, padding=1)
+def resnets(widths, groups):
+    return nn.Sequential(*(ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:])))
 
-    def forward(self, x):
-        x = self.mid_block(self.conv_in(x))
-        for level in self.up_blocks:
-            x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+def halve(channels):  # padded on one side only, as it was trained
+    return chain(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(channels, channels, 3, stride=2))
+
+
+def double(channels):
+    return chain(larger=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(channels, channels, 3, padding=1))
+
+
+def build_levels(widths, layers, groups, name, resample):
+    """Return the levels, each of one resolution; all but the last end with a resampler, which is called `name`."""
+    levels = nn.Sequential()
+    for before, width in zip([widths[0], *widths], widths):
+        levels.append(chain(resnets=resnets([before] + [width] * layers, groups)))
+        if len(levels) < len(widths):
+            levels[-1].add_module(name, nn.Sequential(resample(width)))
+    return levels
+
+
+def build_encoder(c):
+    widths, groups, layers = c["block_out_channels"], c["norm_num_groups"], c["layers_per_block"]
+    return chain(conv_in=nn.Conv2d(c["in_channels"], widths[0], 3, padding=1),
+                 down_blocks=build_levels(widths, layers, groups, "downsamplers", halve),
+                 mid_block=MidBlock(widths[-1], groups, c["mid_block_add_attention"]),
+                 conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=1e-6), activation=nn.SiLU(),
+                 conv_out=nn.Conv2d(widths[-1], 2 * c["latent_channels"], 3, padding=1))
+
+
+def build_decoder(c):
+    widths, groups, layers = c["block_out_channels"][::-1], c["norm_num_groups"], c["layers_per_block"] + 1
+    return chain(conv_in=nn.Conv2d(c["latent_channels"], widths[0], 3, padding=1),
+                 mid_block=MidBlock(widths[0], groups, c["mid_block_add_attention"]),
+                 up_blocks=build_levels(widths, layers, groups, "upsamplers", double),
+                 conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=1e-6), activation=nn.SiLU(),
+                 conv_out=nn.Conv2d(widths[-1], c["out_channels"], 3, padding=1))
 
 
 class KLAutoencoder(nn.Module):
@@ -148,10 +127,10 @@ class KLAutoencoder(nn.Module):
     Scaled latents are (z - shift) * scaling_factor, where shift is the config's shift_factor or 0.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, name=""):
         super().__init__()
         c = self.config = DEFAULTS | config
-        self.encoder, self.decoder = Encoder(c), Decoder(c)
+        self.name, self.encoder, self.decoder = name, build_encoder(c), build_decoder(c)
         latent = c["latent_channels"]
         self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1) if c["use_quant_conv"] else nn.Identity()
         self.post_quant_conv = nn.Conv2d(latent, latent, 1) if c["use_post_quant_conv"] else nn.Identity()
@@ -160,14 +139,14 @@ class KLAutoencoder(nn.Module):
 
     @torch.no_grad()
     def posterior(self, images):
-        """Mean and log-variance of the unscaled latents, each (B,C,h,w), in float32"""
+        """Return mean and log-variance of the unscaled latents, each (B,C,h,w), in float32."""
         weight = self.encoder.conv_in.weight
         moments = torch.cat([self.quant_conv(self.encoder(part.to(weight))) for part in images.split(SLICE)])
         mean, logvar = moments.float().chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
     def encode(self, images, generator=None):
-        """Scaled latents: one draw from the posterior, or its mean without a generator.
+        """Return scaled latents: one draw from the posterior, or its mean without a generator.
 
         generator: one torch.Generator, or a list of B so that a picture's draw does not depend on its batch.
         """
@@ -180,7 +159,7 @@ class KLAutoencoder(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents):
-        """Scaled latents -> images in about [-1, 1], float32"""
+        """Return the images of scaled latents, in about [-1, 1], in float32."""
         z = latents.float() / self.scaling_factor + self.shift
         weight = self.decoder.conv_in.weight
         return torch.cat([self.decoder(self.post_quant_conv(part.to(weight))).float() for part in z.split(SLICE)])
@@ -191,68 +170,54 @@ class KLAutoencoder(nn.Module):
 
 
 def load(name, device="cpu", dtype=None, scaling_factor=None):
-    """The autoencoder of a hub id ("stabilityai/sdxl-vae", "ORG/NAME/SUBFOLDER"), a folder or a .safetensors file.
+    """Load the autoencoder of a hub id ("stabilityai/sdxl-vae", "ORG/NAME/SUBFOLDER"), a folder or a .safetensors file.
 
-    dtype None: bfloat16 on a GPU, float32 elsewhere. ValueError says what is missing or does not fit.
+    dtype None is bfloat16 on a GPU and float32 elsewhere. ValueError says what is missing or does not fit.
     """
-    path = Path(name)
-    if path.is_file():
-        config, tensors = single_file(path)
-    else:
-        config, tensors = folder_files(path if path.is_dir() else download(name), name)
-    if scaling_factor is None:
-        scaling_factor = config.get("scaling_factor")
-    if not scaling_factor:
-        where = "a single file does not hold one" if path.is_file() else "its config.json does not name one"
-        raise ValueError(f"autoencoder {name}: {where}, so give scaling_factor (SDXL's is 0.13025); a wrong one would "
-                         "train on latents of the wrong scale")
-    check_config(config, name)
-    device = torch.device(device)
+    path, device = Path(name), torch.device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    if dtype == torch.float16 and (DEFAULTS | config)["force_upcast"]:
+    config, tensors = read_single_file(path) if path.is_file() else read_folder(name)
+    config = DEFAULTS | config
+    config["scaling_factor"] = scaling_factor or config.get("scaling_factor")
+    check_config(config, name, dtype)
+    with torch.device("meta"):
+        vae = KLAutoencoder(config, str(name))
+    try:
+        vae.load_state_dict(renamed(tensors, len(config["block_out_channels"])), assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"autoencoder {name}: its weights do not fit its config: "
+                         + " ".join(str(error).split())[:500]) from None
+    return vae.to(device, dtype).eval().requires_grad_(False)
+
+
+def check_config(config, name, dtype):
+    unknown = {*config.get("down_block_types", ()), *config.get("up_block_types", ())}
+    unknown -= {"DownEncoderBlock2D", "UpDecoderBlock2D"}
+    if unknown or config["act_fn"] != "silu" or config["latents_mean"] or config["latents_std"]:
+        what = {key: config[key] for key in ("act_fn", "latents_mean", "latents_std")}
+        raise ValueError(f"autoencoder {name} is not of the kind that this code builds: {unknown or what}")
+    if not config["scaling_factor"]:
+        raise ValueError(f"autoencoder {name} does not name its scaling factor (a single file never does): give "
+                         "scaling_factor (SDXL's is 0.13025); a wrong one would train on latents of the wrong scale")
+    if dtype == torch.float16 and config["force_upcast"]:
         raise ValueError(f"autoencoder {name} overflows in float16, which gives black pictures (its config has "
                          "force_upcast): use bfloat16 or float32, or madebyollin/sdxl-vae-fp16-fix")
-    with torch.device("meta"):
-        vae = KLAutoencoder(config | {"scaling_factor": scaling_factor})
-    tensors = {new_name(n): squeeze_attention(n, t) for n, t in tensors.items()}
-    wanted = {n: p.shape for n, p in vae.named_parameters()}
-    problems = [f"missing {n}" for n in wanted if n not in tensors]
-    problems += [f"left over {n}" for n in tensors if n not in wanted]
-    problems += [f"{n} is {tuple(tensors[n].shape)}, the config wants {tuple(s)}" for n, s in wanted.items()
-                 if n in tensors and tensors[n].shape != s]
-    if problems:
-        raise ValueError(f"autoencoder {name}: its weights do not fit its config in {len(problems)} tensors: "
-                         + "; ".join(problems[:5]))
-    vae.load_state_dict({n: t.to(device, dtype) for n, t in tensors.items()}, assign=True)
-    vae.name = str(name)
-    return vae.eval().requires_grad_(False)
 
 
-def check_config(config, name):
-    c = DEFAULTS | config
-    unknown = [t for t in c.get("down_block_types", []) if t != "DownEncoderBlock2D"]
-    unknown += [t for t in c.get("up_block_types", []) if t != "UpDecoderBlock2D"]
-    if unknown or c["act_fn"] != "silu" or c["latents_mean"] or c["latents_std"]:
-        what = unknown or f"act_fn {c['act_fn']}, latents_mean {c['latents_mean']}, latents_std {c['latents_std']}"
-        raise ValueError(f"autoencoder {name} is not of the kind that this code builds: {what}")
-
-
-def folder_files(folder, name):
-    """(config, tensors) of a folder in the diffusers format; a whole pipeline's folder has it under vae/"""
-    folder = Path(folder)
+def read_folder(name):
+    """Read (config, tensors) of a folder or hub id in the diffusers format; a pipeline's folder has them under vae/."""
+    folder = Path(name) if Path(name).is_dir() else download(name)
     if not (folder / "config.json").is_file() and (folder / "vae/config.json").is_file():
         folder = folder / "vae"
     if not (folder / "config.json").is_file():
         raise ValueError(f"autoencoder {name}: no config.json in {folder}")
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"autoencoder {name}: {folder / 'config.json'} is not JSON ({error})") from None
     for weights in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"):
         if (folder / weights).is_file():
             return config, read_safetensors(folder / weights)
-    if (folder / "diffusion_pytorch_model.bin").is_file():
-        return config, torch.load(folder / "diffusion_pytorch_model.bin", map_location="cpu", weights_only=True)
     raise ValueError(f"autoencoder {name}: no diffusion_pytorch_model.safetensors in {folder}")
 
 
@@ -264,72 +229,51 @@ def read_safetensors(path):
 
 
 def download(name):
-    """The folder of a hub repository, fetched with the hub client that transformers brings"""
+    """Fetch a hub repository and return its folder on this disk."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    parts = name.split("/")
-    if len(parts) < 2 or name.startswith((".", "/", "~")) or not all(parts):
+    parts = str(name).split("/")
+    if len(parts) < 2 or parts[0] in ("", ".", "..", "~"):
         raise ValueError(f"autoencoder {name}: there is no such file or folder, and a hub id looks like "
                          "stabilityai/sdxl-vae")
-    repo, sub = "/".join(parts[:2]), "/".join(parts[2:])
-    start = f"{sub}/" if sub else ""
-    files = [f"{start}{f}" for f in ("config.json", "diffusion_pytorch_model.safetensors")]
-    if not sub:
-        files += [f"vae/{f}" for f in files]
+    folder = "/".join(parts[2:])
+    files = [f"{start}{file}" for start in (f"{folder}/".lstrip("/"), "vae/")
+             for file in ("config.json", "diffusion_pytorch_model.safetensors")]
     try:
-        return Path(snapshot_download(repo, allow_patterns=files)) / sub
+        return Path(snapshot_download("/".join(parts[:2]), allow_patterns=files)) / folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(f"autoencoder {name}: neither a file or folder here, nor could it be fetched from the hub "
                          f"({type(error).__name__}: {str(error).splitlines()[0]})") from None
 
 
-LEGACY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+def renamed(tensors, levels):
+    """Return the tensors under the names of today's diffusers, in which the LDM code's decoder counts backwards."""
+    result = {}
+    for name, tensor in tensors.items():
+        name = re.sub(r"^decoder\.up\.(\d+)", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}", name)
+        for old, new in RENAMED.items():
+            name = name.replace(old, new)
+        # attention layers were once 1x1 convolutions
+        result[name] = tensor[:, :, 0, 0] if ".attentions." in name and tensor.ndim == 4 else tensor
+    return result
 
 
-def new_name(name):
-    """Today's name of an attention tensor of early diffusers"""
-    return re.sub(r"(attentions\.\d+)\.(query|key|value|proj_attn)\.", lambda m: f"{m[1]}.{LEGACY[m[2]]}.", name)
-
-
-def squeeze_attention(name, tensor):
-    """Attention layers were once 1x1 convolutions"""
-    return tensor[:, :, 0, 0] if ".attentions." in name and tensor.ndim == 4 else tensor
-
-
-def single_file(path):
-    """(config without a scaling factor, tensors) of one file with the names of the LDM code, read off its shapes"""
+def read_single_file(path):
+    """Read (config, tensors) of one file with the names of the LDM code; the tensors' shapes tell the config."""
     if path.suffix != ".safetensors":
         raise ValueError(f"autoencoder {path}: a single file must be .safetensors, as others may run code when opened")
-    tensors = read_safetensors(path)
-    if any(n.startswith("first_stage_model.") for n in tensors):  # a whole checkpoint, with its autoencoder in it
-        tensors = {n.removeprefix("first_stage_model."): t for n, t in tensors.items()
-                   if n.startswith("first_stage_model.")}
+    tensors, prefix = read_safetensors(path), "first_stage_model."
+    if any(n.startswith(prefix) for n in tensors):  # a whole checkpoint, with its autoencoder in it
+        tensors = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
     if "encoder.down.0.block.0.conv1.weight" not in tensors:
         raise ValueError(f"autoencoder {path}: not an LDM autoencoder (no encoder.down.0.block.0.conv1.weight); a "
                          "diffusers file belongs into a folder with its config.json")
-    levels = 1 + max(int(n.split(".")[2]) for n in tensors if n.startswith("encoder.down."))
-    layers = 1 + max(int(n.split(".")[4]) for n in tensors if re.match(r"encoder\.down\.0\.block\.", n))
-    config = {
+    levels = len({n.split(".")[2] for n in tensors if n.startswith("encoder.down.")})
+    return {
         "in_channels": tensors["encoder.conv_in.weight"].shape[1],
         "out_channels": tensors["decoder.conv_out.weight"].shape[0],
-        "latent_channels": tensors["decoder.conv_in.weight"].shape[1], "layers_per_block": layers,
+        "latent_channels": tensors["decoder.conv_in.weight"].shape[1],
+        "layers_per_block": len({n.split(".")[4] for n in tensors if n.startswith("encoder.down.0.block.")}),
         "block_out_channels": [tensors[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)],
         "use_quant_conv": "quant_conv.weight" in tensors, "use_post_quant_conv": "post_quant_conv.weight" in tensors,
-        "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in tensors}
-    return config, {ldm_name(n, levels): t for n, t in tensors.items()}
-
-
-def ldm_name(name, levels):
-    """The diffusers name of a tensor of the LDM code"""
-    name = re.sub(r"^encoder\.down\.(\d+)\.", r"encoder.down_blocks.\1.", name)
-    name = re.sub(r"^decoder\.up\.(\d+)\.", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}.", name)
-    name = re.sub(r"\.mid\.block_([12])\.", lambda m: f".mid_block.resnets.{int(m[1]) - 1}.", name)
-    for old, new in ((".mid.attn_1.norm.", ".mid_block.attentions.0.group_norm."), (".block.", ".resnets."),
-                     (".mid.attn_1.q.", ".mid_block.attentions.0.to_q."),
-                     (".mid.attn_1.k.", ".mid_block.attentions.0.to_k."),
-                     (".mid.attn_1.v.", ".mid_block.attentions.0.to_v."),
-                     (".mid.attn_1.proj_out.", ".mid_block.attentions.0.to_out.0."),
-                     (".downsample.conv.", ".downsamplers.0.conv."), (".upsample.conv.", ".upsamplers.0.conv."),
-                     (".nin_shortcut.", ".conv_shortcut."), (".norm_out.", ".conv_norm_out.")):
-        name = name.replace(old, new)
-    return name
+        "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in tensors}, tensors

@@ -21,6 +21,8 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from pictures.decode import Lost
+
 # the names of the fields in the published data sets
 FILE_FIELDS = ("file_name", "img_path", "image_path", "image", "img", "filename")
 ID_FIELDS = ("image_name", "image_id", "name")  # where there is no file's name, or if they are that without its ending
@@ -28,8 +30,26 @@ CAPTION_FIELDS = ("caption", "prompt", "caption_str", "text", "p")
 TABLES = (".json", ".jsonl", ".tsv", ".csv")
 
 
+def caption_chooser(captions="", clean=False, nsfw_scores="", max_nsfw=0.2):
+    """Return a function that gives a (name, picture, caption) the caption to use, or Lost in the picture's place."""
+    find = read_captions(captions) if captions else None
+    allowed = harmless(nsfw_scores, max_nsfw) if nsfw_scores else None
+
+    def choose(name, picture, caption):
+        if isinstance(picture, Lost):
+            return name, picture, caption
+        if allowed is not None and name.rpartition("/")[2] not in allowed:
+            return name, Lost(f"NSFW score above {max_nsfw}, or none"), caption
+        caption = find(name) if find else caption
+        caption = caption if isinstance(caption, str) else ""
+        caption = caption.encode("utf-8", "replace").decode()  # halves of surrogate pairs, which no tokenizer takes
+        caption = clean_web_caption(caption) if clean else caption.strip()
+        return name, picture if caption else Lost("no caption"), caption
+    return choose
+
+
 def read_captions(path):
-    """A function from a picture's name to its caption or None; ValueError if the file holds no captions."""
+    """Return a function from a picture's name to its caption or None; ValueError if the file holds no captions."""
     path = Path(path)
     if path.is_dir():
         return lambda name: text_of(path, name)
@@ -38,24 +58,19 @@ def read_captions(path):
     by_name = {}
     try:
         for member, data in members(path):
-            if member.lower().endswith(".txt"):
-                if text := data.decode("utf-8", "replace").strip():
-                    by_name.setdefault(str(PurePosixPath(member).with_suffix("")), text)
-            elif member.lower().endswith(TABLES):
-                for names, caption in records(member, data):
-                    for name in names if caption else ():
-                        by_name.setdefault(name, caption)
+            for name, caption in captions_by_name(member, data).items():
+                by_name.setdefault(name, caption)
     except Exception as error:  # json, csv, tarfile, zipfile, zlib and lzma raise errors of their own
         raise ValueError(f"captions file {path} cannot be read ({type(error).__name__}: {error})") from None
     if not by_name:
         raise ValueError(f"captions file {path} holds no captions: it wants COCO's layout, a list of objects with one "
                          f"of {', '.join((*FILE_FIELDS, *ID_FIELDS))} and one of {', '.join(CAPTION_FIELDS)}, "
                          "{name: caption}, or an archive of .txt files")
-    return lambda name: look_up(by_name, name)
+    return lambda name: look_up(by_name.get, name)
 
 
 def members(path):
-    """(name, bytes) of the files of an archive, or of a file that is none"""
+    """Yield (name, bytes) of the files of an archive, or of a file that is none."""
     if path.name.lower().endswith((".tar", ".tgz", ".tar.gz")):
         with tarfile.open(path) as tar:
             for member in tar:
@@ -70,30 +85,48 @@ def members(path):
         yield path.name, path.read_bytes()
 
 
+def captions_by_name(file, data):
+    """Return {picture name: its first caption} of a file of captions."""
+    by_name = {}
+    if file.lower().endswith(".txt"):
+        if text := data.decode("utf-8", "replace").strip():
+            by_name[str(PurePosixPath(file).with_suffix(""))] = text
+    elif file.lower().endswith(TABLES):
+        for names, caption in records(file, data):
+            for name in names:
+                if caption:
+                    by_name.setdefault(name, caption)
+    return by_name
+
+
 def records(name, data):
-    """[(names of the picture, caption or None)] of a table of captions"""
-    text = data.decode("utf-8-sig", "replace")
-    if name.lower().endswith(".csv"):
+    """Return [(names of the picture, caption or None)] of a table of captions."""
+    text, ending = data.decode("utf-8-sig", "replace"), PurePosixPath(name).suffix.lower()
+    if ending == ".csv":
         csv.field_size_limit(2 ** 31 - 1)
-        found = csv.DictReader(io.StringIO(text))
-    elif name.lower().endswith(".tsv"):  # in which a quotation mark is one, and no caption goes over several lines
-        found = csv.DictReader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE)
-    elif name.lower().endswith(".jsonl"):
-        found = json_lines(name, text)
+        rows = csv.DictReader(io.StringIO(text))
+    elif ending == ".tsv":  # in which a quotation mark is one, and no caption goes over several lines
+        rows = csv.DictReader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE)
+    elif ending == ".jsonl":
+        rows = json_lines(name, text)
     else:
-        found = json.loads(text)
-        if isinstance(found, dict) and isinstance(found.get("images"), list) and "annotations" in found:
-            captions = {}
-            for a in found["annotations"]:
-                if a.get("caption"):
-                    captions.setdefault(a["image_id"], a["caption"])
-            found = [{"file_name": i["file_name"], "caption": captions.get(i["id"])} for i in found["images"]]
-        elif isinstance(found, dict) and isinstance(found.get("data"), list):
-            found = found["data"]
-        elif isinstance(found, dict):
-            found = [{"name": key, "caption": field(value, CAPTION_FIELDS) if isinstance(value, dict) else value}
-                     for key, value in found.items() if isinstance(value, (str, dict))]
-    return [names_and_caption(r) for r in found if isinstance(r, dict)] if not isinstance(found, (str, int)) else []
+        rows = rows_of_json(json.loads(text))
+    return [names_and_caption(row) for row in rows if isinstance(row, dict)]
+
+
+def rows_of_json(table):
+    if isinstance(table, dict) and isinstance(table.get("images"), list) and "annotations" in table:
+        captions = {}
+        for annotation in table["annotations"]:
+            if annotation.get("caption"):
+                captions.setdefault(annotation["image_id"], annotation["caption"])
+        return [{"file_name": image["file_name"], "caption": captions.get(image["id"])} for image in table["images"]]
+    if isinstance(table, dict) and isinstance(table.get("data"), list):
+        return table["data"]
+    if isinstance(table, dict):
+        return [{"name": name, "caption": first_of(value, CAPTION_FIELDS) if isinstance(value, dict) else value}
+                for name, value in table.items() if isinstance(value, (str, dict))]
+    return table if isinstance(table, list) else []
 
 
 def json_lines(name, text):
@@ -110,63 +143,54 @@ def json_lines(name, text):
 
 
 def names_and_caption(record):
-    """All names that a record gives its picture's file, as TextCaps' image_path is not where its pictures are"""
+    """Return (all names that a record gives its picture, caption or None); TextCaps' first name is not the file's."""
     files = [str(PurePosixPath(str(record[f]))) for f in FILE_FIELDS if record.get(f) not in (None, "")]
     ids = [str(PurePosixPath(str(record[f]))) for f in ID_FIELDS if record.get(f) not in (None, "")]
-    caption = field(record, CAPTION_FIELDS)
-    caption = caption.strip().strip('"').strip() if isinstance(caption, str) and quoted(caption.strip()) else caption
     stems = {PurePosixPath(f).stem for f in files}
-    names = files + [i for i in ids if not files or i in stems]
-    return names, (caption.strip() or None) if isinstance(caption, str) else None
+    caption = first_of(record, CAPTION_FIELDS)
+    caption = caption.strip() if isinstance(caption, str) else ""
+    if re.fullmatch(r'"[^"]*"', caption):
+        caption = caption[1:-1].strip()
+    return files + [i for i in ids if not files or i in stems], caption or None
 
 
-def quoted(text):
-    return len(text) > 1 and text[0] == text[-1] == '"' and '"' not in text[1:-1]
+def first_of(record, fields):
+    return next((record[f] for f in fields if record.get(f) not in (None, "")), None)
 
 
-def field(record, names):
-    return next((record[n] for n in names if record.get(n) not in (None, "")), None)
-
-
-def look_up(by_name, name):
-    """The caption of a picture by its whole name, the end of its path, or its name without its extension"""
+def look_up(get, name):
+    """Return get(key) of the first key that has a caption: a picture's name or the end of its path, without ending."""
     parts = PurePosixPath(name).parts
     for i in range(len(parts)):
         end = PurePosixPath(*parts[i:])
         for key in (str(end), str(end.with_suffix(""))):
-            if key in by_name:
-                return by_name[key]
+            if (caption := get(key)) is not None:
+                return caption
     return None
 
 
 def text_of(folder, name):
-    """The caption of a picture from folder/NAME.txt"""
-    parts = PurePosixPath(name).parts
-    for i in range(len(parts)):
-        path = folder.joinpath(*parts[i:]).with_suffix(".txt")
-        if path.is_file():
-            return path.read_text(encoding="utf-8", errors="replace").strip()
-    return None
+    """Return the caption of a picture from folder/NAME.txt."""
+    def read(key):
+        path = Path(folder, f"{key}.txt")
+        return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else None
+    return look_up(read, name)
 
 
 def harmless(path, max_nsfw):
-    """Names of the pictures whose image_nsfw and prompt_nsfw are at most max_nsfw, in DiffusionDB's metadata.parquet"""
+    """Read the names of the pictures whose image_nsfw and prompt_nsfw are at most max_nsfw, in DiffusionDB's scores."""
     try:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import ArrowException, array, parquet
     except ImportError:
         raise ValueError("reading --nsfw_scores needs pyarrow: pip install pyarrow") from None
-    names, most = set(), np.float32(max_nsfw)
     try:
-        with parquet.ParquetFile(path) as table:
-            for batch in table.iter_batches(columns=["image_name", "image_nsfw", "prompt_nsfw"]):
-                columns = batch.to_pydict()
-                rows = zip(columns["image_name"], columns["image_nsfw"], columns["prompt_nsfw"])
-                # in float32, as DiffusionDB stores them; a picture without a score is not known to be harmless
-                names |= {n for n, *scores in rows if all(s is not None and np.float32(s) <= most for s in scores)}
+        table = parquet.read_table(path, columns=["image_name", "image_nsfw", "prompt_nsfw"])
     except (ArrowException, KeyError, OSError) as error:
         raise ValueError(f"--nsfw_scores {path} cannot be read ({error}): it must be DiffusionDB's metadata.parquet or "
                          "metadata-large.parquet") from None
-    return names
+    # in float32, as DiffusionDB stores them; a picture without a score is NaN, and not known to be harmless
+    scores = [table[name].to_numpy().astype(np.float32) for name in ("image_nsfw", "prompt_nsfw")]
+    return set(table["image_name"].filter(array(np.maximum(*scores) <= np.float32(max_nsfw))).to_pylist())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,7 +220,7 @@ STEPS = [(re.compile(pattern, re.I), new) for pattern, new in (
 
 
 def clean_web_caption(text):
-    """A caption from the web without what is not about the picture: see STEPS. Not for synthetic captions.
+    """Take out of a caption from the web what is not about the picture (STEPS). It is not for synthetic captions.
 
     Entities are unescaped first, and spaces and separators at the ends go last.
     """

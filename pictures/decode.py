@@ -2,8 +2,14 @@
 A picture file -> square RGB arrays. This runs in the worker processes of prepare_latents.py and imports no torch.
 """
 import io
+import itertools
+import multiprocessing
+import os
 import signal
+import sys
 import warnings
+from collections import deque
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -23,9 +29,9 @@ class Lost(str):
 
 
 def squares(picture, resolutions, shortest):
-    """(width, height, [uint8 (r,r,3) for each resolution r]) of a Path, a file's bytes, or an image.
+    """Return (width, height, [uint8 (r,r,3) for each resolution r]) of a Path, a file's bytes, or an image.
 
-    Resized so that the shorter side is r (bicubic), then the centre; Unusable with the reason if that cannot be done.
+    The shorter side is resized to r (bicubic), then the centre is cut out. Raise Unusable if that cannot be done.
     """
     if isinstance(picture, Lost):
         raise Unusable(str(picture))
@@ -34,7 +40,7 @@ def squares(picture, resolutions, shortest):
 
 
 def load(picture, shortest):
-    """An RGB picture, upright, transparency on white"""
+    """Open a picture as RGB, upright, with white behind what is transparent."""
     try:
         with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
@@ -64,8 +70,7 @@ def to_rgb(image):
         image = Image.fromarray((np.asarray(image, np.float32) / 257).round().clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
@@ -78,15 +83,59 @@ def square(image, side):
     return np.array(image)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# In worker processes
+
+
+class InThisProcess(Executor):
+    """Stand in for a pool of worker processes where there are none."""
+
+    def submit(self, function, *args):
+        future = Future()
+        future.set_result(function(*args))
+        return future
+
+
+def start_workers(n):
+    """Start n processes that decode pictures, or for -1 as many as this process has cores to itself.
+
+    They are forked on Linux, so start them before there are threads or a GPU.
+    """
+    if n < 0:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        n = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if n == 0:
+        return InThisProcess()
+    method = "fork" if sys.platform == "linux" else "spawn"
+    pool = ProcessPoolExecutor(n, multiprocessing.get_context(method), begin_worker)
+    pool.submit(int).result()
+    return pool
+
+
+def begin_worker():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's affair
+    exit_with_parent()
+
+
 def attempt(picture, resolutions, shortest):
-    """What squares() gives, or the Unusable that it raises"""
+    """Return what squares() gives, or the Unusable that it raises."""
     try:
         return squares(picture, resolutions, shortest)
     except Unusable as reason:
         return reason
 
 
-def worker():
-    """How a process that decodes pictures begins: Ctrl-C is the main process's affair"""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    exit_with_parent()
+def decode_ahead(pictures, pool, ahead, resolutions, shortest):
+    """Yield each (shard, (name, picture, caption)) with what attempt() gives for the picture; (shard, None) stays.
+
+    The next `ahead` pictures are decoded in the meantime.
+    """
+    waiting = deque()
+    for shard, entry in itertools.chain(pictures, [(None, None)] * ahead):  # so many, to push out the last ones
+        if entry:
+            name, picture, caption = entry
+            entry = name, pool.submit(attempt, picture, resolutions, shortest), caption
+        waiting.append((shard, entry))
+        if len(waiting) > ahead:
+            shard, entry = waiting.popleft()
+            yield shard, entry and (entry[0], entry[1].result(), entry[2])

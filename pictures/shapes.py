@@ -10,6 +10,7 @@ None}. A picture shows two objects but not which one its caption named first. So
 upper object first, and "right of" and "below" exist in captions alone.
 """
 import random
+from collections import Counter
 from functools import cache
 
 import numpy as np
@@ -32,7 +33,7 @@ SUPERSAMPLE = 8     # antialiasing: points per pixel and axis
 
 
 def scene(seed, held_out=False, size=32):
-    """(PIL image of size x size, caption, attributes) of a seed; held_out: every object is a HELD_OUT pair."""
+    """Return (PIL image of size x size, caption, attributes) of a seed; held_out: every object is a HELD_OUT pair."""
     # Random.random() is the one method whose sequence Python promises to keep across versions
     rng = random.Random(seed)
     objects = [draw_object(rng, held_out)]
@@ -63,12 +64,12 @@ def draw_object(rng, held_out):
 
 
 def fit_together(a, b):
-    """Two objects of one scene have different colours, and two large ones would leave no room"""
+    """Return whether two objects make a scene: their colours differ, and two large ones would leave no room."""
     return a["color"] != b["color"] and "small" in (a["size"], b["size"])
 
 
 def place(rng, radii, relation):
-    """Centres in [0, 1]^2, uniform over the places where the objects fit and the relation, if any, is plain."""
+    """Return centres in [0, 1]^2, uniform over the places where the objects fit and a relation is plain."""
     while True:
         centers = [tuple(r + MARGIN + rng.random() * (1 - 2 * (r + MARGIN)) for _ in "xy") for r in radii]
         if relation is None:
@@ -81,7 +82,7 @@ def place(rng, radii, relation):
 
 
 def inside(shape, u, v):
-    """Where the shape is, for coordinates in which it spans [-1, 1] (v points down)"""
+    """Return where the shape is, for coordinates in which it spans [-1, 1] (v points down)."""
     if shape == "circle":
         return u * u + v * v <= 1
     if shape == "square":
@@ -96,7 +97,7 @@ def inside(shape, u, v):
 
 
 def coverage(shape, radius, center, size):
-    """How much of each pixel the shape covers, (size, size) in [0, 1]; radius and center in pixels"""
+    """Return how much of each pixel the shape covers, (size, size) in [0, 1]; radius and center are in pixels."""
     axis = (np.arange(size * SUPERSAMPLE) + 0.5) / SUPERSAMPLE
     u, v = (axis - center[0])[None, :] / radius, (axis - center[1])[:, None] / radius
     hit = inside(shape, u, v).reshape(size, SUPERSAMPLE, size, SUPERSAMPLE)
@@ -116,7 +117,7 @@ def render(background, objects, centers, size):
 
 
 def read(image):
-    """The attributes of a picture, or None where it shows no object of the set's colours on a background of the set.
+    """Return the attributes of a picture, or None where it shows no object of the set on a background of the set.
 
     All objects that it shows are listed, however many. Where one has a colour but no clear outline, its size or shape
     is None; the relation is None unless there are two.
@@ -131,31 +132,31 @@ def read(image):
         return None
     foreground = np.linalg.norm(pixels - back, axis=-1) > 60
     regions = [part for region in large_regions(foreground) for part in split_by_color(pixels, region)]
-    found, relation = [read_object(pixels, back, region) for region in regions], None
-    if not found or not all(o["color"] for o, _ in found):
+    objects, relation = [read_object(pixels, back, region) for region in regions], None
+    if not objects or not all(o["color"] for o, _ in objects):
         return None
-    if len(found) == 2:
-        dx, dy = found[1][1] - found[0][1]
+    if len(objects) == 2:
+        dx, dy = objects[1][1] - objects[0][1]
         relation = "left of" if abs(dx) > abs(dy) else "above"
         if (dx if relation == "left of" else dy) < 0:
-            found.reverse()
-    return {"background": background, "objects": [o for o, _ in found], "relation": relation}
+            objects.reverse()
+    return {"background": background, "objects": [o for o, _ in objects], "relation": relation}
 
 
 def nearest(color, palette, limit=70):
-    """The palette's nearest colour, None if that is further than `limit` in RGB"""
+    """Return the palette's nearest colour, or None if that is further than `limit` in RGB."""
     distance = {name: np.linalg.norm(color - np.array(rgb, float)) for name, rgb in palette.items()}
     name = min(distance, key=distance.get)
     return name if distance[name] <= limit else None
 
 
 def large_regions(mask):
-    """The connected regions of a boolean picture that are no specks: the smallest object covers 0.04 of the picture"""
+    """Return the connected regions that are no specks: the smallest object covers 0.04 of the picture."""
     return [region for region in connected(mask) if region.sum() >= 0.02 * mask.size]
 
 
 def split_by_color(pixels, region):
-    """[region], or its parts where it is made of more than one colour: objects that touch are still two objects"""
+    """Return [region], or its parts of one colour each: objects that touch are still two objects."""
     colors = np.array(list(COLORS.values()), float)
     distance = np.linalg.norm(pixels[:, :, None] - colors, axis=-1)                       # (H, W, colours)
     # near enough to a colour that no antialiased edge is taken for an object
@@ -167,7 +168,7 @@ def split_by_color(pixels, region):
 
 
 def connected(mask):
-    """The 4-connected regions of a boolean picture"""
+    """Return the 4-connected regions of a boolean picture."""
     left, regions = set(zip(*np.nonzero(mask))), []
     while left:
         stack, region = [left.pop()], np.zeros_like(mask)
@@ -183,16 +184,13 @@ def connected(mask):
 
 
 def read_object(pixels, back, region):
-    """({"size", "color", "shape"}, centre) of one region: its inside's colour, the best fitting template"""
+    """Return ({"size", "color", "shape"}, centre) of a region: its inside's colour, the best fitting template."""
     side = len(pixels)
     distance = np.where(region, np.linalg.norm(pixels - back, axis=-1), 0)
     core = distance >= 0.8 * np.percentile(distance[region], 90)  # antialiased edges lie nearer to the background
     mean = np.median(pixels[core], 0)
-    near = region.copy()  # the region and the pixels that touch it, which may be covered a little
-    near[1:] |= region[:-1]
-    near[:-1] |= region[1:]
-    near[:, 1:] |= near[:, :-1].copy()
-    near[:, :-1] |= near[:, 1:].copy()
+    # the region and the pixels that touch it, which may be covered a little
+    near = np.lib.stride_tricks.sliding_window_view(np.pad(region, 1), (3, 3)).any((2, 3))
     axis = mean - back
     alpha = np.where(near, np.clip((pixels - back) @ axis / (axis @ axis), 0, 1), 0)  # how much of a pixel is covered
     covered = alpha > 0.5
@@ -216,7 +214,7 @@ def read_object(pixels, back, region):
 
 @cache
 def templates(shape, radius):
-    """[(coverage of a small window, offset of the centre)], the centre moved in half pixels around the middle"""
+    """Return [(coverage of a small window, offset of the centre)], the centre moved in half pixels."""
     window = 2 * int(radius + 3)
     shifts = np.arange(-1, 2.1, 0.5)
     return [(coverage(shape, radius, (window / 2 + x, window / 2 + y), window), np.array([x, y]))
@@ -224,7 +222,7 @@ def templates(shape, radius):
 
 
 def alpha_error(alpha, template, top, left):
-    """Squared difference to the template put at (top, left), over the picture, relative to the template's own square"""
+    """Return the squared difference to the template at (top, left), relative to the template's own square."""
     size, n = len(alpha), len(template)
     y0, x0, y1, x1 = max(top, 0), max(left, 0), min(top + n, size), min(left + n, size)
     part, fit = alpha[y0:y1, x0:x1], template[y0 - top:y1 - top, x0 - left:x1 - left]
@@ -237,43 +235,37 @@ def alpha_error(alpha, template, top, left):
 
 
 def score(images, wanted):
-    """How often the pictures show the wanted attributes: {name: (right, of)}.
+    """Count how often the pictures show the wanted attributes: {name: (right, of)}.
 
     background and relation per picture, size, color, shape and color+shape per object, all: the whole picture. A
     picture that cannot be read is all wrong; one that shows another number of objects has all its objects wrong. With
     two objects the better of both pairings counts, so that a wrong relation alone does not spoil the rest.
     """
-    names = ("background", "color", "size", "shape", "color+shape", "relation", "all")
-    right, of = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
+    right, of = Counter(), Counter()
     for image, want in zip(images, wanted, strict=True):
         seen = read(image) or {"background": None, "objects": [], "relation": None}
-        of["background"] += 1
-        of["all"] += 1
-        right["background"] += seen["background"] == want["background"]
-        right["all"] += seen == want
-        if want["relation"]:
-            of["relation"] += 1
-            right["relation"] += same_relation(seen, want)
-        for name in ("color", "size", "shape", "color+shape"):
-            of[name] += len(want["objects"])
-        for name, n in best_matches(seen["objects"], want["objects"]).items():
-            right[name] += n
-    return {name: (int(right[name]), of[name]) for name in names}
+        of.update(background=1, relation=int(want["relation"] is not None), all=1)
+        of.update(dict.fromkeys(("color", "size", "shape", "color+shape"), len(want["objects"])))
+        right.update(background=int(seen["background"] == want["background"]), all=int(seen == want),
+                     relation=int(want["relation"] is not None and same_relation(seen, want)))
+        right.update(best_matches(seen["objects"], want["objects"]))
+    names = ("background", "color", "size", "shape", "color+shape", "relation", "all")
+    return {name: (right[name], of[name]) for name in names}
 
 
 def best_matches(seen, want):
-    """Right attributes, of the pairing of objects that has most of them"""
+    """Count the right attributes, in the pairing of objects that has most of them."""
     if len(seen) != len(want):
         return {}
     counts = []
     for order in (seen, seen[::-1]):
-        count = {name: sum(a[name] == b[name] for a, b in zip(order, want)) for name in ("color", "size", "shape")}
-        count["color+shape"] = sum(a["color"] == b["color"] and a["shape"] == b["shape"] for a, b in zip(order, want))
-        counts.append(count)
+        equal = [{name: a[name] == b[name] for name in ("color", "size", "shape")} for a, b in zip(order, want)]
+        count = {name: sum(e[name] for e in equal) for name in ("color", "size", "shape")}
+        counts.append(count | {"color+shape": sum(e["color"] and e["shape"] for e in equal)})
     return max(counts, key=lambda count: sum(count.values()))
 
 
 def same_relation(seen, want):
-    """The right axis, and the wanted colours in the right order along it"""
+    """Return whether the axis is right, and the order of the colours along it."""
     return (seen["relation"] == want["relation"]
             and [o["color"] for o in seen["objects"]] == [o["color"] for o in want["objects"]])

@@ -1,10 +1,91 @@
-"""captions.py: the cleaner for captions from the web. (Captions files: test_sources.py, test_datasets.py.)"""
+"""captions.py: captions files, scores, and the cleaner for captions from the web."""
+
+import json
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pictures.captions import clean_web_caption
+from pictures.captions import caption_chooser, clean_web_caption, harmless, read_captions
+from pictures.decode import Lost
+
+# --- captions files --------------------------------------------------------------------------------------------------
+
+COCO = {
+    "images": [{"id": 7, "file_name": "COCO_val2014_7.jpg"}, {"id": 9, "file_name": "COCO_val2014_9.jpg"}],
+    "annotations": [
+        {"image_id": 9, "id": 1, "caption": ""},
+        {"image_id": 9, "id": 2, "caption": "first of 9 "},
+        {"image_id": 7, "id": 3, "caption": "of 7"},
+        {"image_id": 9, "id": 4, "caption": "second of 9"},
+    ],
+}
+# (file, its text, {picture: caption})
+CAPTIONS_FILES = [
+    ("coco.json", json.dumps(COCO), {"COCO_val2014_9.jpg": "first of 9", "COCO_val2014_7.jpg": "of 7"}),
+    ("textcaps.json", '{"data": [{"image_id": "0ab", "caption_str": "a sign"}]}', {"train/0ab.jpg": "a sign"}),
+    ("list.json", '[{"file_name": "x/1.png", "caption": "c"}]', {"deep/x/1.png": "c", "1.png": None}),
+    ("by_name.json", '{"1.png": "plain", "2.png": {"p": "deep"}}', {"1.png": "plain", "part.zip/2.png": "deep"}),
+    ("a.jsonl", '{"img_path": "./000/x.jpg", "prompt": "a \\"quoted\\" fox"}\n\n{"image": 1}\nbroken\n',
+     {"000.tgz/000/x.jpg": 'a "quoted" fox', "001/x.jpg": None}),
+    ("a.tsv", 'image\tcaption\n1.png\t"Sunset over\n2.png\ttab, comma\n3.png\t6" nails\n4.png\t"all"\n',
+     {"1.png": '"Sunset over', "deep/2.png": "tab, comma", "3.png": '6" nails', "4.png": "all"}),
+    ("a.csv", 'image,caption\nx.jpg,"one, two"\n', {"x.jpg": "one, two"}),
+    # a picture's number is not the name of another picture
+    ("a.json", '[{"file_name": "9.png", "image_id": 3, "name": "3", "caption": "9!"}]', {"9.png": "9!", "3.png": None}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, text, captions", CAPTIONS_FILES)
+def test_captions_files(tmp_path, name, text, captions):
+    (tmp_path / name).write_text(text)
+    find = read_captions(tmp_path / name)
+    assert {picture: find(picture) for picture in captions} == captions
+
+
+def test_a_folder_of_captions(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x/1.txt").write_text(" one\n")
+    assert [read_captions(tmp_path)(name) for name in ("in.tar/x/1.png", "2.png")] == ["one", None]
+
+
+@pytest.mark.parametrize("name, text", [
+    ("a.json", "{"), ("a.tgz", "x"), ("a.zip", "x"), ("a.txt", ""), ("a.md", "x"), ("a.json", "[]"), ("a.json", "3"),
+    ("a.json", '{"images": [{}], "annotations": []}'), ("a.jsonl", '{"image": "x"}\n'), ("a.jsonl", "no\n"),
+    ("a.tsv", "x\ty\n1\t2\n"), ("a.json", ""), ("nothing.json", None)])  # fmt: skip
+def test_captions_files_that_hold_none_are_refused(tmp_path, name, text):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match="captions file"):
+        read_captions(tmp_path / name)
+
+
+def test_the_choice_of_a_caption(tmp_path):
+    (tmp_path / "a.json").write_text('{"a.png": "Stock Photo of a\\ud800 cat!!!!"}')
+    plain, other = caption_chooser(), caption_chooser(captions=tmp_path / "a.json", clean=True)
+    assert plain("a.png", b"", " own ") == ("a.png", b"", "own")
+    assert plain("a.png", b"", None)[1] == "no caption" and other("b.png", b"", "own")[1] == "no caption"
+    assert other("x/a.png", b"", "own") == ("x/a.png", b"", "of a? cat!")
+    assert isinstance(plain("a.png", Lost("cut off"), None)[1], Lost)
+
+
+def test_nsfw_scores_are_compared_in_their_own_precision(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    scores = {"a": (0.2, 0.2), "b": (0.2001, 0), "c": (0.1, float("nan")), "d": (0.1, None), "e": (2, 0)}
+    columns = {f"{k}_nsfw": pa.array([s[i] for s in scores.values()], pa.float32())
+               for i, k in enumerate(("image", "prompt"))}  # fmt: skip
+    parquet.write_table(pa.table({"image_name": list(scores)} | columns), tmp_path / "m.parquet")
+    assert harmless(tmp_path / "m.parquet", 0.2) == {"a"}
+    choose = caption_chooser(nsfw_scores=tmp_path / "m.parquet")
+    assert choose("x/a", b"", "c")[1] == b"" and "NSFW" in choose("x/b", b"", "c")[1]
+    (tmp_path / "no.parquet").write_bytes(b"x")
+    with pytest.raises(ValueError, match="nsfw_scores .* cannot be read"):
+        harmless(tmp_path / "no.parquet", 0.2)
+
+
+# --- captions from the web -------------------------------------------------------------------------------------------
 
 CASES = {
     "A cat on a <b>mat</b> &amp;amp; a dog": "A cat on a mat & a dog",

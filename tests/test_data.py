@@ -1,35 +1,44 @@
 """prepare_latents.py and dataset.py: from pictures and captions to memmaps and back."""
 
 import errno
-import io
 import json
 import os
-import tarfile
-import zlib
+import shutil
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
+from conftest import launch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from safetensors.torch import save_file
+from test_sources import PNG, encoded, noise, pair, run_here, tar_bytes, write
 
 import encoders
 from common import files
+from encoders.vae import KLAutoencoder
 from pictures import shapes
 from training.dataset import Dataset, dequantize, quantize
 
-
-def photo(seed, size=(40, 32), mode="RGB"):
-    low = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    return Image.fromarray(low).resize(size, Image.Resampling.BICUBIC).convert(mode)
+DRAWN = ("--limit=50", "--shard_size=20", "--resolutions", 16, 32)
 
 
-def encoded(image, kind="PNG", **options):
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
+@pytest.fixture
+def prepare(monkeypatch):
+    return lambda *args: run_here(monkeypatch, *args)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """50 pictures of the drawn set in three shards, prepared by a process of its own"""
+    folder = tmp_path_factory.mktemp("drawn") / "d"
+    assert "50 rows in 3 shards" in launch("prepare_latents.py", "--out", folder, *DRAWN)
+    return folder
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def pixels(row, scaling_factor):
@@ -38,241 +47,170 @@ def pixels(row, scaling_factor):
     return ((images + 1) * 127.5).permute(1, 2, 0).numpy()
 
 
-def prepared(folder, latent_size=16):
-    data = Dataset(folder, latent_size)
-    return data, data.texts(range(len(data)))
+def skipped(folder):
+    return [tuple(json.loads(line).values()) for line in open(folder / "skipped.jsonl", encoding="utf-8")]
 
 
-# --- the drawn set ---------------------------------------------------------------------------------------------------
+# --- preparation -----------------------------------------------------------------------------------------------------
 
 
-def test_round_trip_of_the_drawn_set(script, tmp_path):
-    printed = script(
-        "prepare_latents.py", "--out", tmp_path / "d", "--limit", 50, "--shard_size", 20, "--resolutions", 16, 32
-    )
-    assert "50 rows in 3 shards" in printed
-    text_encoder = encoders.load_text_encoder("words")
-    for resolution in (16, 32):
-        data, captions = prepared(tmp_path / "d", resolution // 2)
-        assert len(data) == 50
-        ids = [49, 0, 20, 19]
-        latents, embeddings = data.rows(ids)
-        assert latents.dtype == embeddings.dtype == np.float16
-        for i, latent, embedding in zip(ids, latents, embeddings):
-            image, caption, _ = shapes.scene(i)
-            assert captions[i] == caption
-            np.testing.assert_allclose(embedding, text_encoder([caption])[0], atol=2e-3)
-            if resolution == 32:
-                np.testing.assert_allclose(
-                    pixels(latent, data.info["vae"]["scaling_factor"]), np.asarray(image), atol=0.2
-                )
+@pytest.mark.parametrize("resolution", [16, 32])
+def test_round_trip_of_the_drawn_set(drawn, resolution):
+    data, text_encoder, ids = Dataset(drawn, resolution // 2), encoders.load_text_encoder("words"), [49, 0, 20, 19]
+    captions = data.texts(range(len(data)))
+    latents, embeddings = data.rows(ids)
+    assert len(data) == 50 and latents.dtype == embeddings.dtype == np.float16
+    for i, latent, embedding in zip(ids, latents, embeddings):
+        image, caption, _ = shapes.scene(i)
+        assert captions[i] == caption
+        np.testing.assert_allclose(embedding, text_encoder([caption])[0], atol=2e-3)
+        if resolution == 32:
+            factor = data.info["vae"]["scaling_factor"]
+            np.testing.assert_allclose(pixels(latent, factor), np.asarray(image), atol=0.2)
     assert set(data.info["words"]) == {w for c in captions for w in encoders.words_of(c)}
-    everything = data.rows(range(50))[0].astype(np.float32)
-    assert 0.75 < everything.std() < 1.05  # near sigma_data
+    assert 0.75 < data.rows(range(50))[0].astype(np.float32).std() < 1.05  # near sigma_data
 
 
-def test_started_again_it_goes_on_and_gives_the_same_bytes(script, tmp_path):
-    args = ("prepare_latents.py", "--limit", 50, "--shard_size", 20, "--resolutions", 16)
-    script(*args, "--out", tmp_path / "whole")
-    script(*args, "--out", tmp_path / "part")
-    # as if killed while it wrote the third shard (tests/test_kills.py really kills it)
-    info = json.loads((tmp_path / "part/dataset.json").read_text())
-    (tmp_path / "part/dataset.json").write_text(json.dumps(info | {"complete": False, "shards": [], "rows": 0}))
+def interrupted(folder):
+    """The folder as if killed while it wrote the third shard (tests/test_kills.py really kills it)"""
+    info = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps(info | {"complete": False, "shards": [], "rows": 0}))
     for i in range(2):
         texts = [shapes.scene(j)[1] for j in range(20 * i, 20 * i + 20)]
         record = {"part": i, "shard": 0, "last": True, "rows": 20, "samples": 20, "skipped": {}, "captions_cut": 0}
         record["words"] = sorted({w for text in texts for w in encoders.words_of(text)})
-        (tmp_path / f"part/0000{i}.done.json").write_text(json.dumps(record))
-        (tmp_path / f"part/0000{i}.skipped.jsonl").touch()
-    (tmp_path / "part/00002.captions.npy").write_bytes(b"cut")
+        (folder / f"0000{i}.done.json").write_text(json.dumps(record))
+        (folder / f"0000{i}.skipped.jsonl").touch()
+    (folder / "00002.captions.npy").write_bytes(b"cut")
+
+
+def test_started_again_it_goes_on_and_gives_the_same_bytes(prepare, drawn, tmp_path, capsys):
+    whole, out = contents(drawn), tmp_path / "part"
+    shutil.copytree(drawn, out)
+    interrupted(out)
     with pytest.raises(ValueError, match="only partly prepared"):
-        Dataset(tmp_path / "part", 8)
-    before = (tmp_path / "part/00001.captions.npy").stat().st_mtime_ns
-    script(*args, "--out", tmp_path / "part")
-    assert (tmp_path / "part/00001.captions.npy").stat().st_mtime_ns == before
-    files = sorted(p.name for p in (tmp_path / "whole").iterdir())
-    assert files == sorted(p.name for p in (tmp_path / "part").iterdir())
-    for name in files:
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "part" / name).read_bytes(), name
-    assert "already prepared: 50 rows" in script(*args, "--out", tmp_path / "whole")
-    message = script(*args, "--out", tmp_path / "whole", "--first_seed=9", fails=True)
-    assert "first_seed: 0 there, 9 now" in message and "--overwrite" in message
-    script(*args, "--out", tmp_path / "whole", "--first_seed=9", "--overwrite")
-    assert prepared(tmp_path / "whole", 8)[1][0] == shapes.scene(9)[1]
+        Dataset(out, 8)
+    before = (out / "00001.captions.npy").stat().st_mtime_ns
+    prepare(*DRAWN, "--out", out)
+    assert (out / "00001.captions.npy").stat().st_mtime_ns == before and contents(out) == whole
+    (out / "00001.done.json").write_text("{}")  # as a kill at the very end leaves it
+    prepare(*DRAWN, "--out", out)
+    assert "already prepared: 50 rows" in capsys.readouterr().out and contents(out) == whole
+    with pytest.raises(SystemExit, match="first_seed: 0 there, 9 now.*--overwrite"):
+        prepare(*DRAWN, "--out", out, "--first_seed=9")
+    (out / "00000.tar").write_bytes(b"not ours")
+    prepare(*DRAWN, "--out", out, "--first_seed=9", "--overwrite")
+    assert Dataset(out, 8).texts([0]) == [shapes.scene(9)[1]] and (out / "00000.tar").is_file()
 
 
-# --- folders and tars ------------------------------------------------------------------------------------------------
+def test_all_shards_written_and_only_the_end_missing(prepare, drawn, tmp_path):
+    """Two processes are started for what none has to do: the second must not begin again what the first tidies up"""
+    out = tmp_path / "part"
+    shutil.copytree(drawn, out)
+    interrupted(out)
+    shutil.copy(drawn / "00002.captions.npy", out)
+    record = json.loads((out / "00001.done.json").read_text()) | {"part": 2, "rows": 10, "samples": 10}
+    (out / "00002.done.json").write_text(json.dumps(record))
+    (out / "00002.skipped.jsonl").touch()
+    launch("prepare_latents.py", *DRAWN, "--out", out, processes=2)
+    assert contents(out).keys() == contents(drawn).keys() and len(Dataset(out, 8)) == 50
 
 
-def bad_pictures():
-    good = encoded(photo(0, (300, 300)))
-    header = b"\x89PNG\r\n\x1a\n"
-    chunk = b"IHDR" + (60_000).to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
-    bomb = (
-        header
-        + (13).to_bytes(4, "big")
-        + chunk
-        + zlib.crc32(chunk).to_bytes(4, "big")
-        + b"\0\0\0\0IDAT"
-        + zlib.crc32(b"IDAT").to_bytes(4, "big")
-    )
-    return {
-        "truncated.png": good[: len(good) // 2],
-        "truncated.jpg": encoded(photo(1, (300, 300)), "JPEG")[:700],
-        "empty.jpg": b"",
-        "text.png": b"not a picture",
-        "small.png": encoded(photo(2, (31, 60))),
-        "bomb.png": bomb,
-    }
-
-
-def test_a_folder_with_every_kind_of_trouble(script, tmp_path):
+def test_a_folder_with_good_and_bad_pictures(script, tmp_path):
     source = tmp_path / "photos"
-    (source / "deep").mkdir(parents=True)
-    grey16 = Image.fromarray((np.arange(40 * 40, dtype=np.uint32).reshape(40, 40) * 40).astype(np.uint16))
-    turned = Image.Exif()
-    turned[0x0112] = 6  # the camera was held upright
-    odd = {
-        "cmyk.jpg": encoded(photo(3, mode="CMYK"), "JPEG", quality=95),
-        "palette.png": encoded(photo(4).quantize(16)),
-        "grey16.png": encoded(grey16),
-        "grey.png": encoded(photo(5, mode="L")),
-        "deep/plain.webp": encoded(photo(6), "WEBP"),
-        "clear.png": encoded(Image.new("RGBA", (40, 40), (255, 0, 0, 0))),
-        "tall.bmp": encoded(photo(7, (32, 90)), "BMP"),
-        "turned.jpg": encoded(photo(8, (64, 32)), "JPEG", exif=turned),
-    }
-    for name, data in (odd | bad_pictures()).items():
-        (source / name).write_bytes(data)
+    tall = noise(7, (32, 90))
+    good = {"deep/plain.webp": encoded(noise(6), "WEBP"), "tall.bmp": encoded(tall, "BMP"), "a.png": PNG}
+    bad = {"cut.png": PNG[:1000], "small.png": encoded(noise(2, (31, 60)))}
+    write(source, good | bad | {"silent.png": PNG, "notes.md": b"x"})
+    for name in good | bad:
         (source / name).with_suffix(".txt").write_text(f"caption of {name}\n")
-    (source / "silent.png").write_bytes(encoded(photo(9)))
-    (source / "notes.md").write_text("no picture at all")
-    printed = script("prepare_latents.py", "--source", source, "--out", tmp_path / "d")
-    data, captions = prepared(tmp_path / "d")
-    assert sorted(captions) == sorted(f"caption of {name}" for name in odd)
-    skipped = {
-        s["source"]: s["reason"] for s in map(json.loads, (tmp_path / "d/skipped.jsonl").read_text().splitlines())
-    }
-    assert skipped.keys() == {*bad_pictures(), "silent.png"}
-    assert (
-        "too small: 31 x 60" in skipped["small.png"]
-        and "Bomb" in skipped["bomb.png"]
-        and skipped["silent.png"] == "no caption"
-    )
+    printed = script("prepare_latents.py", "--source", source, "--out", tmp_path / "d", "--workers=2")
     assert "skipped 1: too small" in printed and "skipped 1: no caption" in printed
-
-    def picture(name):
-        return pixels(data.rows([captions.index(f"caption of {name}")])[0][0], data.info["vae"]["scaling_factor"])
-
-    np.testing.assert_allclose(picture("clear.png"), 255, atol=0.3)  # transparency becomes white
-    expected = np.asarray(grey16.crop((0, 0, 40, 40)), float) / 257
-    assert abs(picture("grey16.png").mean() - expected.mean()) < 2 and picture("grey16.png").std() > 40
-    np.testing.assert_allclose(picture("tall.bmp"), np.asarray(photo(7, (32, 90)).crop((0, 29, 32, 61))), atol=0.3)
-    difference = abs(picture("cmyk.jpg") - np.asarray(photo(3).resize((40, 32)).crop((4, 0, 36, 32)), float))
-    assert difference.mean() < 8
-    rows = [json.loads(line) for line in (tmp_path / "d/00000.rows.jsonl").read_text().splitlines()]
-    assert {(r["source"], r["width"], r["height"]) for r in rows} >= {
-        ("deep/plain.webp", 40, 32),
-        ("tall.bmp", 32, 90),
-        ("turned.jpg", 32, 64),
-    }
+    data = Dataset(tmp_path / "d", 16)
+    captions = data.texts(range(len(data)))
+    assert sorted(captions) == sorted(f"caption of {name}" for name in good)
+    reasons = dict(skipped(tmp_path / "d"))
+    assert reasons.keys() == {*bad, "silent.png"} and "31 x 60" in reasons["small.png"]
+    row = data.rows([captions.index("caption of tall.bmp")])[0][0]
+    expected = np.asarray(tall.crop((0, 29, 32, 61)))
+    np.testing.assert_allclose(pixels(row, data.info["vae"]["scaling_factor"]), expected, atol=0.3)
+    rows = [json.loads(line) for line in open(tmp_path / "d/00000.rows.jsonl")]
+    sizes = {("deep/plain.webp", 40, 36), ("tall.bmp", 32, 90), ("a.png", 40, 36)}
+    assert {(row["source"], row["width"], row["height"]) for row in rows} == sizes
 
 
-def tar_of(path, files):
-    with tarfile.open(path, "w") as tar:
-        for name, data in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
+def test_shards_do_not_depend_on_the_processes_even_where_an_archive_breaks_off(script, prepare, tmp_path):
+    whole = tar_bytes([member for i in range(10) for member in pair(f"{i}")])
+    (tmp_path / "cut.tar").write_bytes(whole[: whole.index(b"7.png") + 700])
+    args = ("--source", tmp_path / "cut.tar", "--shard_size=4", "--out")
+    prepare(*args, tmp_path / "one")
+    script("prepare_latents.py", *args, tmp_path / "two", processes=2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert [reason[:7] for _, reason in skipped(tmp_path / "one")] == ["cut off", "the arc"]
 
 
-def test_webdataset_tars(script, tmp_path):
-    tar_of(
-        tmp_path / "b.tar",
-        {
-            "x/1.jpg": encoded(photo(1), "JPEG"),
-            "x/1.json": b'{"caption": "from json", "n": 1}',
-            "x/2.png": encoded(photo(2)),
-            "x/2.json": b'{"key": "no caption here"}',
-            "x/2.txt": b"from text",
-            "x/3.webp": encoded(photo(3), "WEBP"),
-            "x/3.json": b'{"key": "none"}',
-        },
-    )
-    tar_of(
-        tmp_path / "a.tar",
-        {
-            "0.5.png": encoded(photo(4)),
-            "0.txt": "käse, 日本".encode(),
-            "1.png": encoded(photo(5)),
-            "1.txt": b"whole",
-        },
-    )
-    whole = (tmp_path / "a.tar").read_bytes()
-    tar_of(
-        tmp_path / "c.tar",
-        {
-            "9.txt": b"kept",
-            "9.png": encoded(photo(6, (300, 300))),
-            "10.png": encoded(photo(7, (300, 300))),
-            "10.txt": b"lost",
-        },
-    )
-    cut = (tmp_path / "c.tar").read_bytes()
-    for source, end in (
-        (tmp_path, 71_200),
-        (f"{tmp_path}/*.tar", 512 * 91),
-    ):  # inside the second picture; between two files
-        (tmp_path / "c.tar").write_bytes(cut[:end])
-        out = tmp_path / f"d{end}"
-        script("prepare_latents.py", "--source", source, "--out", out)
-        _, captions = prepared(out)
-        assert captions[:2] == ["käse, 日本", "whole"]  # in the order of the tars' names, then of their files
-        assert {"whole", "from json", "from text", "kept"} <= set(captions) and "lost" not in captions
-        skipped = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
-        assert ["b.tar/x/3.webp", "no caption"] in [[s["source"], s["reason"]] for s in skipped]
-        assert any(s["source"].startswith("c.tar") and "breaks off" in s["reason"] for s in skipped)
-    assert (tmp_path / "a.tar").read_bytes() == whole
+def test_a_pictures_draw_from_its_posterior_depends_on_its_name_alone(prepare, tmp_path):
+    config = {"block_out_channels": [32], "latent_channels": 4, "scaling_factor": 1.0}
+    write(tmp_path, {"vae/config.json": json.dumps(config).encode()})
+    torch.manual_seed(0)
+    save_file(KLAutoencoder(config).state_dict(), tmp_path / "vae/diffusion_pytorch_model.safetensors")
+    for name in "abc":
+        write(tmp_path, {f"in/{name}.png": PNG, f"in/{name}.txt": b"the same picture"})
+    for n in (1, 2):
+        prepare("--source", tmp_path / "in", "--vae", tmp_path / "vae", "--out", tmp_path / f"{n}", f"--batch_size={n}")
+    one, two = (Dataset(tmp_path / n, 32).rows(range(3))[0].astype(np.float32) for n in "12")
+    np.testing.assert_allclose(one, two, atol=0.01)
+    assert abs(one[0] - one[1]).mean() > 0.5 and abs(one[1] - one[2]).mean() > 0.5
 
 
-@pytest.mark.parametrize(
-    "args, words",
-    [
-        (["--source=nowhere"], "no source nowhere"),
-        (["--source={tmp}/empty"], "no pictures"),
-        (["--source={tmp}/bad"], "skipped.jsonl"),
-        (["--vae=none"], "unknown autoencoder 'none'"),
-        (["--text_encoder=none"], "unknown text encoder 'none'"),
-        (["--resolutions=31"], "not a multiple of 2"),
-        (["--shard_size=0"], "shard_size is 0"),
-        (["--device=abacus"], "this machine has"),
-    ],
-)
-def test_bad_arguments(script, tmp_path, args, words):
+@pytest.mark.parametrize("args, words", [
+    (["--source=nowhere"], "no source nowhere"), (["--source={tmp}/empty"], "no pictures"),
+    (["--source={tmp}/bad"], "skipped.jsonl"), (["--captions={tmp}/none.json"], "no captions file"),
+    (["--vae=none"], "unknown autoencoder 'none'"), (["--text_encoder=none"], "unknown text encoder 'none'"),
+    (["--resolutions=31"], "not a multiple of 2"), (["--shard_size=0"], "shard_size is 0"),
+    (["--limit=-1"], "limit is -1"), (["--caption_dtype=float8"], "caption_dtype is 'float8'"),
+    (["--device=abacus"], "this machine has"), (["--source={tmp}/d"], "out is the source"),
+])  # fmt: skip
+def test_bad_arguments(prepare, tmp_path, args, words):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad/a.png").write_bytes(b"x")
-    message = script("prepare_latents.py", "--out", tmp_path / "d", *[a.format(tmp=tmp_path) for a in args], fails=True)
-    assert words in message
+    write(tmp_path, {"bad/a.png": b"x"})
+    with pytest.raises(SystemExit, match=words):
+        prepare("--out", tmp_path / "d", *[a.format(tmp=tmp_path) for a in args])
     assert "skipped.jsonl" in words or not (tmp_path / "d").exists()
+
+
+def test_a_source_that_changes_on_the_way_is_refused(prepare, tmp_path):
+    source, out = tmp_path / "in", tmp_path / "out"
+    write(source, {"0.png": PNG})
+    with pytest.raises(SystemExit, match="1 x no caption"):
+        prepare("--source", source, "--out", out)
+    (source / "0.txt").write_text("now it has one")  # which is seen, as nothing was finished
+    prepare("--source", source, "--out", out)
+    assert Dataset(out, 16).texts([0]) == ["now it has one"]
+    info = json.loads((out / "dataset.json").read_text())
+    (out / "dataset.json").write_text(json.dumps(info | {"complete": False}))
+    write(source, {"00.png": PNG})
+    with pytest.raises(SystemExit, match="has changed since"):
+        prepare("--source", source, "--out", out)
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------
 
 
-def test_disk_full_while_writing_a_shard_keeps_what_was_there(script, small_disk):
+def test_disk_full_while_writing_a_shard_keeps_what_was_there(prepare, small_disk):
     disk = small_disk(2)
-    args = ("prepare_latents.py", "--out", disk / "d", "--limit", 400, "--shard_size", 50, "--resolutions", 32)
-    message = script(*args, fails=True)
-    assert "would need about 4.2" in message and "--caption_dtype int8" in message and not (disk / "d").exists()
-    message = script(*args, "--ignore_disk", fails=True)
-    assert "disk full" in message and "goes on from there" in message
+    args = ("--out", disk / "d", "--limit=400", "--shard_size=50", "--resolutions=32")
+    with pytest.raises(SystemExit, match="would need about 0.004 GB.*--caption_dtype int8"):
+        prepare(*args)
+    assert not (disk / "d").exists()
+    with pytest.raises(SystemExit, match="disk full.*goes on from there"):
+        prepare(*args, "--ignore_disk")
     assert list((disk / "d").glob("*.done.json")) and not list((disk / "d").glob("*.tmp"))
     with pytest.raises(ValueError, match="partly prepared"):
         Dataset(disk / "d", 16)
     os.system(f"mount -o remount,size=20m {disk}")
-    script(*args)
-    assert prepared(disk / "d")[1] == [shapes.scene(i)[1] for i in range(400)]
+    prepare(*args)
+    assert Dataset(disk / "d", 16).texts(range(400)) == [shapes.scene(i)[1] for i in range(400)]
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
@@ -288,13 +226,13 @@ def test_write_atomic_leaves_the_old_file(tmp_path, code):
     assert (tmp_path / "f").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_damaged_or_missing_parts_are_named(script, tmp_path):
+def test_damaged_or_missing_parts_are_named(drawn, tmp_path):
     out = tmp_path / "d"
-    script("prepare_latents.py", "--out", out, "--limit", 20, "--resolutions", 16)
+    shutil.copytree(drawn, out)
     with pytest.raises(ValueError, match="no prepared data in .*nothing.*prepare_latents.py"):
         Dataset(tmp_path / "nothing", 8)
-    with pytest.raises(ValueError, match="latents of size 8 \\(16 px\\), not 16.*--resolutions 32"):
-        Dataset(out, 16)
+    with pytest.raises(ValueError, match="latents of size 8 \\(16 px\\), 16 \\(32 px\\), not 4.*--resolutions 8"):
+        Dataset(out, 4)
     captions, latents = out / "00000.captions.npy", out / "00000.latents16.npy"
     good = captions.read_bytes()
     for damage in (good[:-1], good[:50], b""):
@@ -304,6 +242,11 @@ def test_damaged_or_missing_parts_are_named(script, tmp_path):
     np.save(captions, np.zeros((19, 16, 128), np.float16))
     with pytest.raises(ValueError, match="dataset.json says float16 \\(20, 16, 128\\)"):
         Dataset(out, 8)
+    captions.write_bytes(good)
+    data = Dataset(out, 8)
+    os.truncate(captions, 5000)  # after it was opened
+    with pytest.raises(ValueError, match="captions.npy is cut short: row 8"):
+        data.rows([8])
     captions.write_bytes(good)
     latents.unlink()
     with pytest.raises(ValueError, match="00000.latents16.npy is missing"):
@@ -341,22 +284,20 @@ def test_words_are_fixed_vectors_with_positions():
 # --- 8-bit captions --------------------------------------------------------------------------------------------------
 
 
-def test_captions_in_8_bits(script, tmp_path):
-    args = ("prepare_latents.py", "--limit", 40, "--shard_size", 16, "--resolutions", 16)
-    script(*args, "--out", tmp_path / "half")
-    script(*args, "--out", tmp_path / "int8", "--caption_dtype=int8")
-    half, int8 = Dataset(tmp_path / "half", 8), Dataset(tmp_path / "int8", 8)
-    ids = [39, 0, 15, 16, 17]
+def test_captions_in_8_bits(prepare, drawn, tmp_path):
+    args = (*DRAWN, "--out", tmp_path / "int8")
+    prepare(*args, "--caption_dtype=int8")
+    half, int8, ids = Dataset(drawn, 8), Dataset(tmp_path / "int8", 8), [39, 0, 15, 16, 17]
     (a, x), (b, y) = half.rows(ids), int8.rows(ids)
     np.testing.assert_array_equal(a, b)
     error = np.abs(y - x.astype(np.float32))
-    assert (
-        0 < error.max() <= np.abs(x).max() / 127 * 0.51 and np.sqrt((error**2).mean()) < 0.006 * x.astype(float).std()
-    )
-    bytes_of = {n: sum(p.stat().st_size for p in (tmp_path / n).glob("*s.npy")) for n in ("half", "int8")}
-    assert bytes_of["int8"] < 0.55 * bytes_of["half"]
-    message = script(*args, "--out", tmp_path / "int8", fails=True)
-    assert "caption_dtype: 'int8' there, 'float16' now" in message
+    assert 0 < error.max() <= np.abs(x).max() / 127 * 0.51
+    assert np.sqrt((error**2).mean()) < 0.006 * x.astype(float).std()
+    sizes = [sum(path.stat().st_size for pattern in ("*captions.npy", "*scales.npy") for path in folder.glob(pattern))
+             for folder in (tmp_path / "int8", drawn)]  # fmt: skip
+    assert sizes[0] < 0.55 * sizes[1]
+    with pytest.raises(SystemExit, match="caption_dtype: 'int8' there, 'float16' now"):
+        prepare(*args)
     (tmp_path / "int8/00000.scales.npy").unlink()
     with pytest.raises(ValueError, match="scales.npy is missing"):
         Dataset(tmp_path / "int8", 8)
@@ -377,10 +318,10 @@ def test_quantization_is_within_half_a_step(n, dim, exponent, seed):
 # --- several folders as one set --------------------------------------------------------------------------------------
 
 
-def test_several_folders_are_one_set(script, tmp_path):
-    for name, seed, n in (("a", 0, 23), ("b", 500, 17)):
-        script("prepare_latents.py", "--out", tmp_path / name, f"--limit={n}", f"--first_seed={seed}",
-               "--resolutions=16", "--shard_size=10")  # fmt: skip
+def test_several_folders_are_one_set(prepare, tmp_path):
+    for name, args in (("a", ("--limit=23",)), ("b", ("--limit=17", "--first_seed=500")),
+                       ("c", ("--limit=9", "--caption_dtype=int8"))):  # fmt: skip
+        prepare("--out", tmp_path / name, *args, "--resolutions=16", "--shard_size=10")
     a, b = Dataset(tmp_path / "a", 8), Dataset(tmp_path / "b", 8)
     for path in (tmp_path / "b").glob("*.rows.jsonl"):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -403,16 +344,7 @@ def test_several_folders_are_one_set(script, tmp_path):
     everything = [*rows[np.arange(len(rows))], *held[np.arange(len(held))]]
     assert sorted(everything) == list(range(len(both)))
     assert any(i < 23 for i in held[np.arange(len(held))]) and any(i >= 23 for i in held[np.arange(len(held))])
-    with pytest.raises(ValueError, match="b@3000 has no rows with a short side of 3000"):
-        Dataset([tmp_path / "a", f"{tmp_path / 'b'}@3000"], 8)
-    script("prepare_latents.py", "--out", tmp_path / "c", "--limit=9", "--resolutions=16", "--caption_dtype=int8")
-    with pytest.raises(ValueError, match="differ in caption_dtype"):
-        Dataset([tmp_path / "a", tmp_path / "c"], 8)
-
-
-def test_a_file_cut_after_it_was_opened_is_noticed(script, tmp_path):
-    script("prepare_latents.py", "--out", tmp_path / "d", "--limit=9", "--resolutions=16")
-    data = Dataset(tmp_path / "d", 8)
-    os.truncate(tmp_path / "d/00000.captions.npy", 5000)
-    with pytest.raises(ValueError, match="captions.npy is cut short: row 8"):
-        data.rows([8])
+    for folders, message in (([tmp_path / "a", f"{tmp_path / 'b'}@3000"], "b@3000 has no rows with a short side"),
+                             ([tmp_path / "a", tmp_path / "c"], "differ in caption_dtype")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            Dataset(folders, 8)

@@ -115,10 +115,8 @@ def test_score_counts_each_attribute_alone():
 
 
 def test_score_of_a_wrong_relation():
-    small, large = (
-        {"size": "small", "color": "red", "shape": "circle"},
-        {"size": "large", "color": "blue", "shape": "square"},
-    )
+    small = {"size": "small", "color": "red", "shape": "circle"}
+    large = {"size": "large", "color": "blue", "shape": "square"}
     image = shapes.render("white", [small, large], [(0.25, 0.5), (0.7, 0.5)], 32)
     right = {"background": "white", "objects": [small, large], "relation": "left of"}
     assert shapes.read(image) == right

@@ -1,190 +1,373 @@
-"""sources.py: archives and captions files, in miniatures of the layouts that the published data sets have."""
+"""Where pictures come from, with a hostile input set: everything good is kept, everything bad has its reason."""
 
 import io
 import json
+import os
+import runpy
+import sys
 import tarfile
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from conftest import ROOT
+from PIL import Image, PngImagePlugin
 
-from pictures.captions import read_captions
+from pictures.captions import caption_chooser
 from pictures.decode import Unusable, squares
-from pictures.sources import estimated_count, find_source
+from pictures.shards import all_written, pictures_of_process
+from pictures.sources import Part, estimated_count, find_parts, share_out
 
 
-def picture(seed=0, kind="PNG"):
+def noise(seed=0, size=(40, 36), mode="RGB"):
+    low = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    return Image.fromarray(low).convert(mode)
+
+
+def encoded(image, kind="PNG", **options):
     out = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(out, kind)
+    image.save(out, kind, **options)
     return out.getvalue()
 
 
-def write_zip(path, files):
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, data in files.items():
-            archive.writestr(name, data)
-
-
-def write_tar(path, files):
-    with tarfile.open(path, "w:gz" if path.name.endswith("gz") else "w") as tar:
-        for name, data in files.items():
+def tar_bytes(files, mode="w", **options):
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode=mode, **options) as tar:
+        for name, content in files:
             info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+            if content is None:
+                info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+                tar.addfile(info)
+            else:
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return out.getvalue()
 
 
-def found(source, captions=None, root=""):
-    """{name: caption} of the pictures that open, {name: reason} of the others"""
-    good, bad = {}, {}
-    find = read_captions(captions) if captions else None
-    for part in find_source(str(source), 2, str(root)):
-        for sample in part.samples(lambda position: True):
-            for name, picture, caption in sample:
-                try:
-                    assert squares(picture, (8,), 8)[:2] == (8, 8)
-                    good[name] = find(name) if find else caption
-                except Unusable as error:
-                    bad[name] = str(error)
+def zip_bytes(files):
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files:
+            archive.writestr(name, content)
+    return out.getvalue()
+
+
+def damaged(data, at=None):
+    """The same bytes but for some, in the middle if nothing else is said"""
+    at = at or len(data) // 2
+    return data[:at] + bytes(64) + data[at + 64 :]
+
+
+def write(folder, files):
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+
+
+def run_here(monkeypatch, *args):
+    """Run prepare_latents.py in this process, as a process of its own takes seconds to start"""
+    monkeypatch.setattr(sys, "argv", ["prepare_latents.py", "--workers=0", *map(str, args)])
+    runpy.run_path(str(ROOT / "prepare_latents.py"), run_name="__main__")
+
+
+def read(source, root="", **choices):
+    """({name: caption} of the pictures that can be used, {name: reasons} of the others)"""
+    good, bad, choose = {}, {}, caption_chooser(**choices)
+    for part in find_parts(str(source), 7, str(root)):
+        samples = list(part.samples(lambda position: True))
+        assert part.count() == len(samples)
+        # that some are not asked for leaves the others as they are
+        assert list(part.samples(lambda position: position % 2))[1::2] == samples[1::2]
+        for entry in sum(samples, []):
+            name, picture, caption = choose(*entry)
+            try:
+                width, height, (square,) = squares(picture, (32,), 32)
+                assert min(width, height) >= 32 and square.shape == (32, 32, 3) and name not in good
+                good[name] = caption
+            except Unusable as reason:
+                bad.setdefault(name, []).append(str(reason))
     return good, bad
 
 
-def test_diffusiondb_part(tmp_path):
-    names = ["aa.png", "bb.png"]
-    files = {n: picture(i) for i, n in enumerate(names)}
-    files["part-000001.json"] = json.dumps({n: {"p": f"prompt of {n}", "se": 1, "c": 7.0} for n in names}).encode()
-    write_zip(tmp_path / "part-000001.zip", files)
-    good, bad = found(tmp_path)
-    assert good == {f"part-000001.zip/{n}": f"prompt of {n}" for n in names} and not bad
-    assert estimated_count(find_source(str(tmp_path), 100)) == 2
+# --- pictures --------------------------------------------------------------------------------------------------------
 
 
-def test_tgz_of_img2dataset_and_a_json_without_a_caption(tmp_path):
-    files = {}
-    for i, meta in enumerate([{"caption": "one", "width": 8}, {"url": "x"}, {"caption": "three"}]):
-        files |= {f"0000{i}.jpg": picture(i, "JPEG"), f"0000{i}.json": json.dumps(meta).encode()}
-    write_tar(tmp_path / "00000.tgz", files)
-    good, bad = found(tmp_path / "00000.tgz")
-    assert list(good.values()) == ["one", None, "three"] and not bad
+def bomb():
+    chunk = b"IHDR" + (60_000).to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
+    head = b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+    return head + b"\0\0\0\0IDAT" + zlib.crc32(b"IDAT").to_bytes(4, "big")
 
 
-def test_captions_from_another_file_for_pictures_inside_tars(tmp_path):
-    """SA1B's tars hold masks beside the pictures; their captions come from elsewhere, by picture name"""
-    write_tar(
-        tmp_path / "sa_000000.tar",
-        {"./sa_1.jpg": picture(), "./sa_1.json": b'{"annotations": []}', "./sa_2.jpg": picture(2)},
-    )
-    (tmp_path / "llava.jsonl").write_text(
-        '{"image": "sa_1.jpg", "caption": "a street"}\n{"image": "sa_9.jpg", "caption": "x"}\n'
-    )
-    good, _ = found(tmp_path / "sa_000000.tar", tmp_path / "llava.jsonl")
-    assert list(good.values()) == ["a street", None]
+def text_bomb():
+    info = PngImagePlugin.PngInfo()
+    info.add_text("a", "x" * 10_000_000, zip=True)
+    return encoded(noise(), pnginfo=info)
 
 
-COCO = {
-    "images": [{"id": 7, "file_name": "COCO_val2014_7.jpg"}, {"id": 9, "file_name": "COCO_val2014_9.jpg"}],
-    "annotations": [
-        {"image_id": 9, "id": 1, "caption": "first of 9 "},
-        {"image_id": 7, "id": 2, "caption": "of 7"},
-        {"image_id": 9, "id": 3, "caption": "second of 9"},
-    ],
+PNG, JPEG, WEBP = encoded(noise(1)), encoded(noise(2), "JPEG"), encoded(noise(3), "WEBP")
+exif = Image.Exif()
+exif[0x0112] = 77  # an orientation that does not exist
+GOOD = {
+    "plain.png": PNG,
+    "CAPITALS.JPG": JPEG,
+    "wrong name.png": JPEG,  # what counts is what is in it
+    "bilevel.png": encoded(noise(mode="1")),
+    "grey-alpha.png": encoded(noise(mode="LA")),
+    "palette.gif": encoded(noise(mode="P"), "GIF"),
+    "moving.gif": encoded(noise(), "GIF", save_all=True, append_images=[noise(5), noise(6)]),
+    "moving.webp": encoded(noise(), "WEBP", save_all=True, append_images=[noise(5)]),
+    "pages.tiff": encoded(noise(), "TIFF", save_all=True, append_images=[noise(5)]),
+    "float.tiff": encoded(Image.fromarray(np.random.default_rng(0).random((40, 40), np.float32) * 255), "TIFF"),
+    "long.jpg": encoded(noise(size=(3000, 32)), "JPEG"),
+    "odd exif.jpg": encoded(noise(), "JPEG", exif=exif),
+    "broken exif.jpg": encoded(noise(), "JPEG", exif=b"Exif\0\0MM\0*\0\0\xff\xff"),
+    "progressive.jpg": encoded(noise(), "JPEG", progressive=True),
+    "trailing.jpg": JPEG + b"garbage" * 50,
+    'it\'s "quoted"; $(name) & 100%.png': PNG,
+    "two\nlines.png": PNG,
+    "\u2028 separator.png": PNG,
+    "日本 👩‍🚀.png": PNG,
+    os.fsdecode(b"not \xff utf-8.png"): PNG,
+    "-leading-dash.png": PNG,
+    "deep/er/and/deeper.png": PNG,
+    "many.dots.in.name.png": PNG,
 }
-CAPTIONS_FILES = {
-    "coco.json": (COCO, "COCO_val2014_9.jpg", "first of 9"),
-    "textcaps.json": ({"data": [{"image_id": "0ab", "caption_str": "a sign"}]}, "train/0ab.jpg", "a sign"),
-    "list.json": ([{"file_name": "x/1.png", "caption": "c"}], "deep/x/1.png", "c"),
-    "by_name.json": ({"1.png": "plain", "2.png": {"p": "deep"}}, "part.zip/2.png", "deep"),
+BAD = {
+    "cut.png": (PNG[: len(PNG) // 2], "OSError"),
+    "cut.jpg": (JPEG[:-300], "OSError"),
+    "cut.webp": (WEBP[: len(WEBP) // 2], "OSError"),
+    "cut.gif": (encoded(noise(mode="P"), "GIF")[:700], ""),
+    "crc.png": (damaged(PNG), ""),
+    "empty.jpg": (b"", "UnidentifiedImageError"),
+    "zeros.jpg": (bytes(5000), "UnidentifiedImageError"),
+    "page.jpg": (b"<html>404 Not Found</html>", "UnidentifiedImageError"),
+    "video.gif": (b"\0\0\0 ftypisom" + bytes(100), "UnidentifiedImageError"),
+    "bomb.png": (bomb(), "DecompressionBomb"),
+    "dark.tiff": (encoded(Image.fromarray(np.full((40, 40), 0.9, np.float32)), "TIFF"), "would be black"),
+    "text bomb.png": (text_bomb(), "ValueError"),
+    "small.png": (encoded(noise(size=(31, 60))), "too small: 31 x 60"),
 }
 
 
-@pytest.mark.parametrize("name", CAPTIONS_FILES)
-def test_captions_files(tmp_path, name):
-    data, picture_name, caption = CAPTIONS_FILES[name]
-    (tmp_path / name).write_text(json.dumps(data))
-    (tmp_path / "pictures" / picture_name).parent.mkdir(parents=True)
-    (tmp_path / "pictures" / picture_name).write_bytes(picture())
-    assert found(tmp_path / "pictures", tmp_path / name) == ({picture_name: caption}, {})
+def test_a_folder_of_strange_files(tmp_path):
+    files = GOOD | {name: data for name, (data, _) in BAD.items()}
+    write(tmp_path, files)
+    for name in files:
+        (tmp_path / name).with_suffix(".txt").write_bytes(b"caption of " + os.fsencode(name))
+    captions = {"blank.png": b" \n\t ", "void.png": b"", "huge.png": b"word " * 20_000, "bom.png": b"\xef\xbb\xbfmark",
+                "latin1.png": "K\u00e4se".encode("latin-1"), "nul.png": b"a\0b\x1b[31m"}  # fmt: skip
+    write(tmp_path, {name: PNG for name in (*captions, "silent.png")})
+    write(tmp_path, {name.replace(".png", ".txt"): text for name, text in captions.items()})
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "nowhere.png").symlink_to(tmp_path / "gone.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    write(tmp_path, {"cut.json": b'{"caption": "not', "notes.md": b"x", "Thumbs.db": b"x", ".DS_Store": b"x"})
+    good, bad = read(tmp_path)
+    kept = {"huge.png", "bom.png", "latin1.png", "nul.png"}
+    assert good.keys() == GOOD.keys() | kept and len(good["huge.png"]) == 99_999 and good["nul.png"] == "a\0b\x1b[31m"
+    assert all(good[name].startswith("caption of ") for name in GOOD)
+    wanted = {name: reason for name, (_, reason) in BAD.items()} | dict.fromkeys(captions.keys() - kept, "no caption")
+    wanted |= {"silent.png": "no caption", "nowhere.png": "not a file", "pipe.png": "not a file"}
+    assert bad.keys() == wanted.keys()
+    for name, (reason,) in bad.items():
+        assert wanted[name] in reason, (name, reason)
 
 
-def test_lines_and_tables(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"img_path": "./000/x.jpg", "prompt": "a \\"quoted\\" fox", "width": 3}\n\n')
-    (tmp_path / "a.tsv").write_text("image\tcaption\nx.jpg\ttab, comma\n")
-    (tmp_path / "a.csv").write_text('image,caption\nx.jpg,"one, two"\n')
-    assert read_captions(tmp_path / "a.jsonl")("000.tgz/000/x.jpg") == 'a "quoted" fox'
-    assert read_captions(tmp_path / "a.jsonl")("001/x.jpg") is None
-    assert read_captions(tmp_path / "a.tsv")("deep/x.jpg") == "tab, comma"
-    assert read_captions(tmp_path / "a.csv")("x.jpg") == "one, two"
+def test_pixels_of_every_mode():
+    low = np.random.default_rng(7).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    smooth = Image.fromarray(low).resize((40, 32), Image.Resampling.BICUBIC)
+    grey16 = Image.fromarray((np.arange(40 * 40, dtype=np.uint32).reshape(40, 40) * 40).astype(np.uint16))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the camera was held upright
+
+    def square(image, kind="PNG", **options):
+        width, height, (array,) = squares(encoded(image, kind, **options), (32,), 32)
+        return width, height, array.astype(float)
+
+    assert (square(Image.new("RGBA", (40, 40), (255, 0, 0, 0)))[2] == 255).all()  # transparency becomes white
+    grey = square(grey16)[2]
+    assert abs(grey.mean() - np.asarray(grey16, float).mean() / 257) < 2 and grey.std() > 40
+    tall = noise(7, (32, 90))
+    assert (square(tall, "BMP")[2] == np.asarray(tall.crop((0, 29, 32, 61)))).all()
+    expected = np.asarray(smooth.crop((4, 0, 36, 32)), float)
+    for mode, kind, options in (("CMYK", "JPEG", {"quality": 95}), ("RGBA", "PNG", {}), ("RGB", "WEBP", {})):
+        assert abs(square(smooth.convert(mode), kind, **options)[2] - expected).mean() < 8
+    assert square(noise(8, (64, 32)), "JPEG", exif=turned)[:2] == (32, 64)
 
 
-@pytest.mark.parametrize(
-    "name, text",
-    [("a.json", "{"), ("a.tgz", "x"), ("a.zip", "x"), ("a.txt", ""), ("a.md", "x"), ("a.json", "[]"),
-     ("a.json", "3"), ("a.json", '{"images": [{}], "annotations": []}'),
-     ("a.jsonl", '{"image": "x"}\n'), ("a.jsonl", "no\n"), ("a.tsv", "x\ty\n1\t2\n"), ("a.json", "")],
-)  # fmt: skip
-def test_captions_files_that_hold_none_are_refused(tmp_path, name, text):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match="captions file"):
-        read_captions(tmp_path / name)
+def test_pictures_beside_archives_are_not_overlooked(tmp_path):
+    write(tmp_path, {"a.png": PNG, "backup.zip": zip_bytes(pair("first"))})
+    with pytest.raises(ValueError, match="holds pictures and archives"):
+        find_parts(str(tmp_path), 7)
+    write(tmp_path, dict([(f"{folder}/{n}", data) for folder in ("in/deep", "elsewhere") for n, data in pair("p")]))
+    (tmp_path / "in/deep/up").symlink_to(tmp_path / "in")  # a circle
+    (tmp_path / "in/linked").symlink_to(tmp_path / "elsewhere")
+    assert read(tmp_path / "in") == ({"deep/p.png": "p", "linked/p.png": "p"}, {})
 
 
-def test_a_damaged_zip_gives_what_it_has_and_lists_the_rest(tmp_path):
-    files = {f"{i}.png": picture(i) for i in range(3)} | {f"{i}.txt": b"caption" for i in range(3)} | {"odd.json": b"{"}
-    write_zip(tmp_path / "a.zip", files)
-    whole = (tmp_path / "a.zip").read_bytes()
-    good, bad = found(tmp_path / "a.zip")
-    assert len(good) == 3 and "odd.json cannot be read" in bad["a.zip"]
-    at = whole.index(files["1.png"][30:60])
-    (tmp_path / "a.zip").write_bytes(whole[:at] + b"\0" * 20 + whole[at + 20 :])
-    good, bad = found(tmp_path / "a.zip")
-    assert list(good) == ["a.zip/0.png", "a.zip/2.png"] and "cannot be read" in bad["a.zip"]
-    (tmp_path / "a.zip").write_bytes(whole[: len(whole) // 2])
-    good, bad = found(tmp_path / "a.zip")
-    assert not good and "cannot be read" in bad["a.zip"]
+# --- archives --------------------------------------------------------------------------------------------------------
 
 
-def test_a_tgz_that_breaks_off_keeps_what_came_before(tmp_path):
-    write_tar(
-        tmp_path / "a.tgz",
-        {f"{i}.png": np.random.default_rng(i).bytes(50_000) if i == 2 else picture(i) for i in range(3)},
-    )
-    whole = (tmp_path / "a.tgz").read_bytes()
-    (tmp_path / "a.tgz").write_bytes(whole[: len(whole) // 2])
-    good, bad = found(tmp_path / "a.tgz")
-    assert list(good) == ["a.tgz/0.png", "a.tgz/1.png"] and "breaks off" in bad["a.tgz"]
+def pair(name):
+    return [(f"{name}.png", PNG), (f"{name}.txt", name.encode())]
 
 
-def test_quotation_marks_in_a_tsv_are_text(tmp_path):
-    (tmp_path / "a.tsv").write_text(
-        'image\tcaption\n1.png\t"Sunset over the bay\n2.png\ttwo\n3.png\t6" nails\n4.png\t"all"\n'
-    )
-    find = read_captions(tmp_path / "a.tsv")
-    assert [find(f"{i}.png") for i in range(1, 5)] == ['"Sunset over the bay', "two", '6" nails', "all"]
+def encrypted(data):
+    """A zip whose first file claims to be encrypted"""
+    local, central = b"PK\x03\x04\x14\0\0\0", b"PK\x01\x02\x14\x03\x14\0\0\0"
+    data = data.replace(local, b"PK\x03\x04\x14\0\x01\0", 1)
+    return data.replace(central, b"PK\x01\x02\x14\x03\x14\0\x01\0", 1)
 
 
-def test_a_number_of_a_picture_is_not_the_name_of_another(tmp_path):
-    (tmp_path / "a.json").write_text('[{"file_name": "9.png", "image_id": 3, "name": "3", "caption": "the nine"}]')
-    find = read_captions(tmp_path / "a.json")
-    assert find("9.png") == "the nine" and find("3.png") is None
-    (tmp_path / "b.json").write_text(
-        '{"images": [{"id": 1, "file_name": "1.png"}], "annotations": '
-        '[{"image_id": 1, "caption": ""}, {"image_id": 1, "caption": "second"}]}'
-    )
-    assert read_captions(tmp_path / "b.json")("1.png") == "second"
+def broken(start):
+    return {"": "breaks off here: " + start}
 
 
-def test_nsfw_scores_are_compared_in_their_own_precision(tmp_path):
-    pa = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
+FIRST, BOTH = {"first.png": "first"}, {"first.png": "first", "second.png": "second"}
+TWO = pair("first") + pair("second")
+WHOLE = tar_bytes(TWO)
+HEADER = WHOLE.index(b"second.png")  # of the second picture
+# file: (its bytes, the captions that are kept, {entry, or "" for the archive: the reason that is listed})
+ARCHIVED = {
+    "whole.tar": (WHOLE, BOTH, {}),
+    "cut in a file.tar": (WHOLE[: HEADER + 600], FIRST, broken("unexpected") | {"second.png": "cut off"}),
+    "cut in a header.tar": (WHOLE[: HEADER + 100], FIRST, broken("truncated")),
+    "no end.tar": (WHOLE[: HEADER + 512 + 512 * -(-len(PNG) // 512) + 1024], BOTH, broken("no end marker")),
+    "bad header.tar": (WHOLE[:HEADER] + b"\xff" * 20 + WHOLE[HEADER + 20 :], FIRST, broken("bad checksum")),
+    "nothing.tar": (b"", {}, broken("")),
+    "empty.tar": (tar_bytes([]), {}, {}),
+    "text.tar": (b"this is not an archive" * 100, {}, broken("")),
+    "gzip inside.tar": (tar_bytes(TWO, "w:gz"), BOTH, {}),  # the name does not say so
+    "links.tar": (tar_bytes([("link.png", None)] + pair("first")), FIRST, {"link.png": "a link"}),
+    "outside.tar": (tar_bytes(pair("../../up") + pair("/abs")), {"../../up.png": "../../up", "/abs.png": "/abs"}, {}),
+    "masks.tar": (
+        tar_bytes([("a.mask.png", PNG), ("a.png", PNG), ("a.txt", b"a"), ("b.json", b"[1]"), ("b.png", PNG)]),
+        {"a.png": "a"}, {"b.png": "no caption", "a.mask.png": "no caption"}),
+    "long name.tar": (tar_bytes(pair("n" * 180), format=tarfile.PAX_FORMAT), {"n" * 180 + ".png": "n" * 180}, {}),
+    "zeroed header.tar": (WHOLE[:HEADER] + bytes(1024) + WHOLE[HEADER + 1024 :], FIRST, broken("")),
+    "two in one.tar": (tar_bytes(pair("first")) + tar_bytes(pair("second")), BOTH, {}),
+    # as a download into preallocated space leaves it
+    "incomplete.tar": (WHOLE[:HEADER] + bytes(6000 * 512), FIRST, {"": "bytes are zeros"}),
+    "twice.tar": (tar_bytes([("a.png", PNG), ("a.png", JPEG), ("a.txt", b"a")]), {"a.png": "a"},
+                  {"": "a.png is there twice"}),
+    "size.tar": (WHOLE[: HEADER + 124] + b"\x80\0\0\0\x10" + bytes(7) + WHOLE[HEADER + 136 :], FIRST, broken("")),
+    "deep.tar": (tar_bytes([("a.png", PNG), ("a.json", b"[" * 100_000)] + pair("b")), {"b.png": "b"},
+                 {"a.png": "no caption"}),
+    "several.tar": (tar_bytes([("0.left.png", PNG), ("0.right.png", PNG), ("0.txt", b"both")]),
+                    {"0.left.png": "both", "0.right.png": "both"}, {}),
+    "json.tgz": (tar_bytes([("1.png", PNG), ("1.json", b'{"caption": "one", "width": 8}'), ("2.png", PNG),
+                            ("2.json", b'{"url": "x"}')], "w:gz"), {"1.png": "one"}, {"2.png": "no caption"}),
+    "cut.tgz": (tar_bytes([*TWO, ("third.png", noise(9, (300, 300)).tobytes())], "w:gz")[:12_000], BOTH,
+                broken("Compressed") | {"third.png": "cut off"}),
+    "damaged.tar.gz": (damaged(tar_bytes(TWO, "w:gz")), {}, broken("") | {"first.png": "no caption"}),
+    "whole.zip": (zip_bytes(TWO), BOTH, {}),
+    "cut.zip": (zip_bytes(TWO)[:3000], {}, {"": "cannot be read: File is not a zip"}),
+    "damaged.zip": (damaged(zip_bytes(pair("first"))), {}, {"": "first.png cannot"}),
+    "encrypted.zip": (encrypted(zip_bytes(TWO)), {"second.png": "second"}, {"": "first.png cannot be read"}),
+    "empty.zip": (zip_bytes([]), {}, {}),
+    "bad table.zip": (zip_bytes([("part-1.json", b"{"), *pair("first")]), FIRST, {"": "part-1.json cannot be read"}),
+    "twice.zip": (zip_bytes([("a.png", PNG), ("a.PNG", JPEG), ("a.txt", b"a")]).replace(b"a.PNG", b"a.png"),
+                  {"a.png": "a"}, {"": "a.png is there 2 times"}),
+    "dots.zip": (zip_bytes(pair("photo") + pair("photo.2") + pair("x 7.5")),
+                 {"photo.png": "photo", "photo.2.png": "photo.2", "x 7.5.png": "x 7.5"}, {}),
+    "deep.zip": (zip_bytes([("part-9.json", b"[" * 100_000)] + pair("b")), {"b.png": "b"},
+                 {"": "part-9.json cannot be read"}),
+    "lone.zip": (damaged(zip_bytes([("a.png", PNG), ("b.png", PNG), ("part.json", b'{"b.png": {"p": "b"}}')]), 200),
+                 {"b.png": "b"}, {"": "a.png cannot be read"}),
+    "no pictures.zip": (zip_bytes([("readme.txt", b"x"), ("inner.zip", zip_bytes(TWO))]), {}, {}),
+}  # fmt: skip
 
-    from pictures.captions import harmless
 
-    scores = {"a": (0.2, 0.2), "b": (0.2001, 0), "c": (0.1, float("nan")), "d": (0.1, None), "e": (2, 0)}
-    columns = {
-        f"{k}_nsfw": pa.array([s[i] for s in scores.values()], pa.float32()) for i, k in enumerate(("image", "prompt"))
-    }
-    parquet.write_table(pa.table({"image_name": list(scores)} | columns), tmp_path / "m.parquet")
-    assert harmless(tmp_path / "m.parquet", 0.2) == {"a"}
-    (tmp_path / "no.parquet").write_bytes(b"x")
-    with pytest.raises(ValueError, match="nsfw_scores .* cannot be read"):
-        harmless(tmp_path / "no.parquet", 0.2)
+@pytest.mark.parametrize("name", ARCHIVED)
+def test_archives_of_every_kind(tmp_path, name):
+    content, captions, reasons = ARCHIVED[name]
+    write(tmp_path, {name: content})
+    good, bad = read(tmp_path)
+    assert good == {f"{name}/{entry}": caption for entry, caption in captions.items()}
+    assert bad.keys() == {f"{name}/{entry}".rstrip("/") for entry in reasons}
+    for entry, words in reasons.items():
+        assert any(words in reason for reason in bad[f"{name}/{entry}".rstrip("/")]), bad
+
+
+def test_several_archives_and_a_limit(tmp_path):
+    write(tmp_path, {"b.tar": tar_bytes(pair("x/1") + pair("x/2")), "deep/a.zip": zip_bytes(pair("käse"))})
+    parts = find_parts(f"{tmp_path}/**/*.[tz]*", 7)
+    assert [part.names for part in parts] == [("b.tar",), ("deep/a.zip",)] and estimated_count(parts) == 3
+    assert share_out(parts, 1) == [1, 0] and share_out(parts, 9) == [2, 1]
+    assert read(f"{tmp_path}/**/*.[tz]*")[0] == {"b.tar/x/1.png": "x/1", "b.tar/x/2.png": "x/2",
+                                                "deep/a.zip/käse.png": "käse"}  # fmt: skip
+
+
+# --- lists of pictures -----------------------------------------------------------------------------------------------
+
+
+def test_a_list_of_pictures_with_missing_files(tmp_path):
+    write(tmp_path, {f"pictures/{name}": PNG for name in ("a.png", "b c.png", "7.jpg")})
+    records = [
+        {"image": "pictures/a.png", "caption": "one"},
+        {"image": "./pictures/b c.png", "caption": "two"},
+        {"image": "pictures/7", "caption": "without its extension"},
+        {"image": "pictures/a.png", "caption": "again"},
+        {"image": "pictures/missing.png", "caption": "x"},
+        {"image": "pictures", "caption": "a folder"},
+        {"image": "pictures/nul\0.png", "caption": "x"},
+        {"image": "x" * 5000 + ".png", "caption": "x"},
+        {"image": 42, "caption": "a number"},
+        {"caption": "no name"},
+        {"image": "pictures/a.png/under.png", "caption": "x"},
+        {"image": "pictures/7.jpg", "caption": None},
+    ]
+    text = "\ufeff" + "".join(json.dumps(r) + "\n" for r in records) + "[1, 2]\n\n{cut off"
+    (tmp_path / "list.jsonl").write_text(text, encoding="utf-8")
+    good, bad = read(tmp_path / "list.jsonl")
+    assert list(good.values()) == ["one", "two", "without its extension"]
+    assert bad.pop("record 10") == ["the record names no picture"] and bad.pop("pictures/7.jpg") == ["no caption"]
+    assert bad.keys() == {"pictures/missing.png", "pictures", "pictures/nul\0.png", "x" * 5000 + ".png", "42",
+                          "pictures/a.png/under.png"}  # fmt: skip
+    assert all("no such file" in reason for (reason,) in bad.values())
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "42", '"image"', '{"data": 3}', '[{"caption": "x"}]'])
+def test_a_list_that_names_no_pictures_is_refused(tmp_path, text):
+    (tmp_path / "list.json").write_text(text)
+    with pytest.raises(ValueError, match="list.json"):
+        find_parts(str(tmp_path / "list.json"), 7)
+
+
+# --- shards ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("counts", [(5,), (0, 3, 4), (9, 1, 0), (2, 0, 5, 3, 1, 7, 4, 6, 8, 2, 3, 4)])
+@pytest.mark.parametrize("limits", [{}, {0: 2, 1: 0}])
+def test_processes_share_the_same_shards(counts, limits):
+    """Shards of 3 samples, over few parts and over many, by one process or several, some of them finished before"""
+
+    def part(p, n):
+        return Part((str(p),), n, lambda wanted: ([(f"{p}/{i}", b"", "")] if wanted(i) else None for i in range(n)))
+
+    def written(rank, world, finished=()):
+        shards, names = {}, []
+        for shard, picture in pictures_of_process(parts, used, 3, finished, rank, world):
+            if picture:
+                names.append(picture[0])
+            else:
+                shards[shard], names = names, []
+        assert not names  # every picture is followed by the end of its shard
+        return shards
+
+    parts, used = [part(p, n) for p, n in enumerate(counts)], [limits.get(p) for p in range(len(counts))]
+    whole = written(0, 1)
+    totals = [n if limit is None else min(n, limit) for n, limit in zip(counts, used)]
+    assert sorted(sum(whole.values(), [])) == sorted(f"{p}/{i}" for p, n in enumerate(totals) for i in range(n))
+    for world in (2, 3):
+        shares = [written(rank, world) for rank in range(world)]
+        assert sum(map(len, shares)) == len(whole) and {k: v for share in shares for k, v in share.items()} == whole
+        assert len(counts) > 1 or max(map(len, shares)) - min(map(len, shares)) <= 1
+    records = {f"{p:05d}" + (f"-{k:04d}" if k else ""): {"part": p, "shard": k, "last": last} for p, k, last in whole}
+    assert all_written(records, used)
+    for missing in whole:
+        rest = [shard for shard in whole if shard != missing]
+        assert written(0, 1, rest) == {missing: whole[missing]}
+        name = f"{missing[0]:05d}" + (f"-{missing[1]:04d}" if missing[1] else "")
+        assert not all_written({n: r for n, r in records.items() if n != name}, used)

@@ -18,41 +18,35 @@ TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "nu
          "eos_token_id": 49407}  # fmt: skip
 
 
-def write_tokenizer(folder):
-    (folder / "vocab.json").write_text(json.dumps(DATA["vocab"]))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(DATA["merges"]) + "\n")
-    CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt")).save_pretrained(folder)
-
-
-def write_clip(folder, **changes):
-    """A small random CLIP text model in the published format"""
+def write_model(model, folder, spread):
+    """Save a model in the published format, away from its initialisation, with the tokenizer"""
     folder.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0)
-    model = CLIPTextModel(CLIPTextConfig(**TOWER | changes))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.3 * torch.randn(p.shape))
-    model.save_pretrained(folder)
-    write_tokenizer(folder)
-    return model
-
-
-def write_clip_model(folder, seed=0, spread=0.1, **changes):
-    """A small random CLIP in the published format, with both towers, image processor and tokenizer"""
-    folder.mkdir(parents=True)
-    torch.manual_seed(seed)
-    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-              "image_size": 32, "patch_size": 8, "hidden_act": "quick_gelu"} | changes  # fmt: skip
-    model = CLIPModel(CLIPConfig(text_config=TOWER, vision_config=vision, projection_dim=16)).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(spread * torch.randn(p.shape))
     model.save_pretrained(folder)
-    write_tokenizer(folder)
+    (folder / "vocab.json").write_text(json.dumps(DATA["vocab"]))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(DATA["merges"]) + "\n")
+    CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt")).save_pretrained(folder)
+    return model
+
+
+def write_clip(folder, **changes):
+    """A small random CLIP text model"""
+    torch.manual_seed(0)
+    return write_model(CLIPTextModel(CLIPTextConfig(**TOWER | changes)), folder, 0.3)
+
+
+def write_clip_model(folder, seed=0, spread=0.1, **changes):
+    """A small random CLIP with both towers, image processor and tokenizer"""
+    torch.manual_seed(seed)
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+              "image_size": 32, "patch_size": 8, "hidden_act": "quick_gelu"} | changes  # fmt: skip
+    model = CLIPModel(CLIPConfig(text_config=TOWER, vision_config=vision, projection_dim=16)).eval()
     side = vision["image_size"]
     sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     CLIPImageProcessorPil(**sizes).save_pretrained(folder)
-    return model
+    return write_model(model, folder, spread)
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +60,8 @@ def test_token_ids_equal_open_clips(clip):
     assert len(DATA["captions"]) >= 200
     rows = encoders.load_text_encoder(str(clip)).ids(DATA["captions"])
     assert rows.shape == (len(DATA["captions"]), 77)
-    wrong = [
-        c for c, ids, row in zip(DATA["captions"], DATA["ids"], rows.tolist()) if row != ids + [0] * (77 - len(ids))
-    ]
-    assert not wrong
+    for caption, ids, row in zip(DATA["captions"], DATA["ids"], rows.tolist()):
+        assert row == ids + [0] * (77 - len(ids)), caption
 
 
 def tower(weights, ids, heads):
@@ -99,18 +91,12 @@ def test_embeddings_equal_the_tower(clip):
     encode = encoders.load_text_encoder(str(clip))
     out = encode(DATA["captions"])
     assert out.shape == (len(DATA["captions"]), 77, 32) and encode.dim == 32 and encode.length == 77
-    torch.testing.assert_close(
-        out, tower(encode.model.state_dict(), encode.ids(DATA["captions"]), 2), atol=2e-5, rtol=1e-4
-    )
+    expected = tower(encode.model.state_dict(), encode.ids(DATA["captions"]), 2)
+    torch.testing.assert_close(out, expected, atol=2e-5, rtol=1e-4)
 
 
 def test_a_whole_clip_model_and_another_activation(tmp_path):
-    torch.manual_seed(0)
-    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
-              "image_size": 28, "patch_size": 14}  # fmt: skip
-    whole = CLIPModel(CLIPConfig(text_config=TOWER, vision_config=vision, projection_dim=16))
-    whole.save_pretrained(tmp_path)
-    write_tokenizer(tmp_path)
+    whole = write_clip_model(tmp_path)
     encode = text.load(tmp_path)
     torch.testing.assert_close(encode(["a cat"]), tower(whole.text_model.state_dict(), encode.ids(["a cat"]), 2))
 
@@ -132,9 +118,8 @@ def test_t5_masks_the_padding_and_keeps_120_tokens(tmp_path):
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>",
+                            unk_token="<unk>").save_pretrained(tmp_path)  # fmt: skip
     torch.manual_seed(0)
     small = T5Config(vocab_size=8, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
     model = T5EncoderModel(small).eval()
@@ -147,12 +132,11 @@ def test_t5_masks_the_padding_and_keeps_120_tokens(tmp_path):
         torch.testing.assert_close(out[:1, :6], model(ids).last_hidden_state, atol=1e-5, rtol=1e-4)
 
 
-def test_what_cannot_be_loaded_says_why(tmp_path):
-    for name, message in (("no/such-model", "neither a folder here nor"), (tmp_path, "model_type")):
-        with pytest.raises(ValueError, match=f"text encoder {name}.*{message}"):
-            text.load(name)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(ValueError, match="CLIP and T5 are understood"):
-        encoders.load_text_encoder(str(tmp_path))
-    with pytest.raises(ValueError, match="unknown text encoder"):
-        encoders.load_text_encoder("word")
+@pytest.mark.parametrize("name, config, message", [
+    ("no/such-model", {}, "neither a folder here nor"), ("{folder}", {}, "model_type"),
+    ("{folder}", {"model_type": "bert"}, "CLIP and T5 are understood"), ("word", {}, "unknown text encoder"),
+])  # fmt: skip
+def test_what_cannot_be_loaded_says_why(tmp_path, name, config, message):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        encoders.load_text_encoder(name.format(folder=tmp_path))

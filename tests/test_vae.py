@@ -1,6 +1,7 @@
 """vae.py against diffusers' AutoencoderKL, on random models written to disk in the published formats."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -21,13 +22,8 @@ def published(folder, config, **more):
 
     n = len(config["block_out_channels"])
     torch.manual_seed(0)
-    theirs = AutoencoderKL(
-        **config,
-        layers_per_block=2,
-        down_block_types=["DownEncoderBlock2D"] * n,
-        up_block_types=["UpDecoderBlock2D"] * n,
-        **more,
-    ).eval()
+    theirs = AutoencoderKL(**config, layers_per_block=2, down_block_types=["DownEncoderBlock2D"] * n,
+                           up_block_types=["UpDecoderBlock2D"] * n, **more).eval()  # fmt: skip
     with torch.no_grad():
         for _, p in theirs.named_parameters():  # every norm and bias different from its start
             if p.ndim == 1:
@@ -43,7 +39,7 @@ def small(tmp_path_factory):
 
 
 def assert_close(ours, theirs):
-    assert ours.shape == theirs.shape and (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    assert ours.shape == theirs.shape and (ours - theirs).abs().max() <= 3e-5 * theirs.abs().max()
 
 
 def assert_equal_networks(ours, theirs, images):
@@ -60,12 +56,9 @@ def test_equal_to_diffusers(tmp_path, config, parameters):
     theirs = published(tmp_path, config)
     ours = encoders.load_vae(str(tmp_path))
     assert sum(p.numel() for p in ours.parameters()) == parameters and len(list(ours.parameters())) == 248
-    assert (ours.latent_channels, ours.downsample, ours.scaling_factor) == (
-        config["latent_channels"],
-        8,
-        config["scaling_factor"],
-    )
-    assert_equal_networks(ours, theirs, torch.rand(2, 3, 48, 64) * 2 - 1)
+    assert (ours.latent_channels, ours.downsample) == (config["latent_channels"], 8)
+    assert ours.scaling_factor == config["scaling_factor"]
+    assert_equal_networks(ours, theirs, torch.rand(1, 3, 32, 48) * 2 - 1)
 
 
 @pytest.mark.parametrize("option", ["use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"])
@@ -85,24 +78,24 @@ def test_a_pipelines_folder_and_legacy_attention_names(small, tmp_path):
     assert_equal_networks(vae.load(tmp_path), theirs, torch.rand(1, 3, 32, 32) * 2 - 1)
 
 
+LDM_NAMES = (  # patterns of diffusers' names in the order in which they are replaced, the LDM code's names
+    (r"encoder\.down_blocks\.", "encoder.down."), (r"\.(down|up)samplers\.0\.", r".\1sample."),
+    (r"mid_block\.resnets\.0\.", "mid.block_1."), (r"mid_block\.resnets\.1\.", "mid.block_2."),
+    (r"\.resnets\.", ".block."), (r"mid_block\.attentions\.0\.to_out\.0\.", "mid.attn_1.proj_out."),
+    (r"mid_block\.attentions\.0\.to_", "mid.attn_1."), (r"mid_block\.attentions\.0\.group_norm", "mid.attn_1.norm"),
+    (r"conv_shortcut", "nin_shortcut"), (r"conv_norm_out", "norm_out"))  # fmt: skip
+
+
 def ldm_names(tensors, levels):
-    """The names of the LDM code, whose decoder counts its levels from the finest"""
+    """The names of the LDM code, whose decoder counts its levels from the finest, with attention of 1x1 convolutions"""
     out = {}
     for name, tensor in tensors.items():
-        parts = name.split(".")
-        if "down_blocks" in parts or "up_blocks" in parts:
-            level = int(parts[2]) if "down_blocks" in parts else levels - 1 - int(parts[2])
-            kind = {"resnets": "block", "downsamplers": "downsample", "upsamplers": "upsample"}[parts[3]]
-            rest = parts[4:] if kind == "block" else parts[5:]
-            name = ".".join([parts[0], "down" if "down_blocks" in parts else "up", str(level), kind, *rest])
-        elif "mid_block" in parts:
-            if "resnets" in parts:
-                name = ".".join([parts[0], "mid", f"block_{int(parts[3]) + 1}", *parts[4:]])
-            else:
-                layer = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out": "proj_out"}[parts[4]]
-                name = ".".join([parts[0], "mid.attn_1", layer, parts[-1]])
-                tensor = tensor[:, :, None, None] if tensor.ndim == 2 else tensor
-        out[name.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")] = tensor.contiguous()
+        if ".attentions." in name and tensor.ndim == 2:
+            tensor = tensor[:, :, None, None]
+        name = re.sub(r"decoder\.up_blocks\.(\d)", lambda m: f"decoder.up.{levels - 1 - int(m[1])}", name)
+        for pattern, new in LDM_NAMES:
+            name = re.sub(pattern, new, name)
+        out[name] = tensor.contiguous()
     return out
 
 
@@ -117,9 +110,8 @@ def test_a_single_file_in_the_ldm_format(small, tmp_path):
     # the same inside a whole checkpoint
     whole = {f"first_stage_model.{n}": t for n, t in tensors.items()} | {"model.diffusion_model.x": torch.zeros(1)}
     save_file(whole, tmp_path / "whole.safetensors")
-    assert_equal_networks(
-        vae.load(tmp_path / "whole.safetensors", scaling_factor=0.5), theirs, torch.zeros(1, 3, 32, 32)
-    )
+    ours = vae.load(tmp_path / "whole.safetensors", scaling_factor=0.5)
+    assert_equal_networks(ours, theirs, torch.zeros(1, 3, 32, 32))
 
 
 def test_draws_have_the_posteriors_spread_and_do_not_depend_on_the_batch(small):
@@ -159,34 +151,31 @@ def edited(folder, to, **changes):
     return to
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"scaling_factor": "none"}, "does not name one"),
-        ({"latent_channels": 8}, "do not fit its config"),
-        ({"block_out_channels": [32, 64]}, "its weights do not fit its config in"),
-        ({"act_fn": "mish"}, "act_fn mish"),
-        ({"down_block_types": ["AttnDownEncoderBlock2D"]}, "AttnDownEncoderBlock2D"),
-        ({"latents_mean": [1, 2, 3, 4]}, "latents_mean"),
-    ],
-)
+@pytest.mark.parametrize("changes, message", [
+    ({"scaling_factor": "none"}, "does not name its scaling factor"), ({"latent_channels": 8}, "size mismatch"),
+    ({"block_out_channels": [32, 64]}, "do not fit its config"), ({"act_fn": "mish"}, "mish"),
+    ({"down_block_types": ["AttnDownEncoderBlock2D"]}, "AttnDownEncoderBlock2D"),
+    ({"latents_mean": [1, 2, 3, 4]}, "latents_mean"),
+])  # fmt: skip
 def test_a_config_that_does_not_fit_is_refused(small, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         vae.load(edited(small[1], tmp_path / "v", **changes))
 
 
-def test_what_cannot_be_loaded_says_why(small, tmp_path):
-    for name, message in (
-        ("pixel", "unknown autoencoder"),
-        ("./nothing", "no such file or folder"),
-        (tmp_path, "no config.json"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            encoders.load_vae(str(name))
-    cut = tmp_path / "cut.safetensors"
-    cut.write_bytes((small[1] / "diffusion_pytorch_model.safetensors").read_bytes()[:5000])
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
-        vae.load(cut, scaling_factor=1.0)
+@pytest.mark.parametrize("name, message", [
+    ("pixel", "unknown autoencoder"), ("./nothing", "no such file or folder"), ("no/such-model", "neither a file"),
+    ("{folder}", "no config.json"), ("{folder}/cut.safetensors", "not a whole safetensors file"),
+    ("{folder}/other.safetensors", "not an LDM autoencoder"), ("{folder}/vae.pt", "must be .safetensors"),
+])  # fmt: skip
+def test_what_cannot_be_loaded_says_why(small, tmp_path, name, message):
+    whole = (small[1] / "diffusion_pytorch_model.safetensors").read_bytes()
+    for file, data in (("cut.safetensors", whole[:5000]), ("other.safetensors", whole), ("vae.pt", b"x")):
+        (tmp_path / file).write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        encoders.load_vae(name.format(folder=tmp_path), scaling_factor=1.0)
+
+
+def test_precision(small, tmp_path):
     with pytest.raises(ValueError, match="overflows in float16"):
         vae.load(small[1], dtype=torch.float16)
     fixed = edited(small[1], tmp_path / "fixed", force_upcast=False)
