@@ -57,17 +57,17 @@ def main(device):
         return measure_loader(loader)
     if not configs:
         return measure_here(device)
-    runs, rates = [read_run(path) for path in configs], {}
-    for run in runs:
-        print_arithmetic(*run)
+    runs, hours = [read_run(path) for path in configs], 0.0
     if device.type == "cuda":
         peak = flops.peak_flops(device) or ASSUMED_PEAK
         print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}: peak {peak / 1e12:,.1f} TFLOP/s, "
               f"{flops.matmul_rate(device, torch.bfloat16) / 1e12:,.1f} on bf16 matrix products")
-        rates = {run[0]: measure_run(*run, device, peak) for run in runs}
     else:
         measure_here(device)
-    print_recipe(runs, rates)
+    for run in runs:
+        hours += print_run(*run, measure_run(*run, device, peak) if device.type == "cuda" else None)
+    print(f"together {hours:.1f} hours, ${hours * gpus * price:,.0f}, without data preparation, checkpoints, "
+          "validation, and what the GPUs wait for each other")
 
 
 def read_run(path):
@@ -78,37 +78,30 @@ def read_run(path):
     return Path(path).stem, settings, flops.network_of(settings, info)
 
 
-def print_arithmetic(name, settings, network):
-    """Print parameters, FLOPs and memory, the bytes by estimate: activations in bf16, all else in float32."""
+def print_run(name, settings, network, rate=None):
+    """Print what a run costs, and return its hours. rate: images per second of a GPU, where it was measured.
+
+    Bytes are by estimate: activations in bf16, weights, gradients and AdamW's moments in float32.
+    """
     (total, active), mask, micro = flops.parameters(network), settings["mask_ratio"], settings["micro_batch_size"]
-    forward, whole = flops.forward_flops(network, mask), flops.run_flops(settings, network)
-    print(f"{name}: {total / 1e6:,.1f} M parameters ({active / 1e6:,.1f} M active)")
-    if not whole:
-        return print("  FLOPs and memory not known")
-    state = total * 4 * (4 + (settings["ema_decay"] > 0))  # weights, gradients, two moments, average
-    picture = flops.activation_bytes(network, mask)
-    shares = [f"{part} {100 * share:.0f} %" for part, share in flops.flop_shares(network, mask).items()]
-    print(f"  forward {forward / 1e9:,.1f} GFLOP a picture ({', '.join(shares)}); {settings['max_steps']:,} steps of "
-          f"{settings['batch_size']:,} are {whole:.2e}")
-    print(f"  memory by estimate {state / 1e9:.1f} GB + {picture / 1e6:,.0f} MB a picture "
-          f"({(state + picture * micro) / 1e9:.0f} GB with its micro-batches of {micro})")
-
-
-def print_recipe(runs, rates):
-    """Print hours and dollars. rates: {name: images per second of one GPU}, where they were measured."""
-    print(f"The recipe on {gpus} GPUs at ${price} an hour each:")
-    total = 0.0
-    for name, settings, network in runs:
-        images, whole = settings["max_steps"] * settings["batch_size"], flops.run_flops(settings, network)
-        rate = rates.get(name) or whole and images * assumed_mfu * ASSUMED_PEAK / whole
-        if not rate:
-            raise ValueError(f"{name}: neither its FLOPs nor its speed are known, so neither is its price")
-        how = "measured" if rates.get(name) else f"if at {100 * assumed_mfu:.0f} % of an H100's peak"
-        hours = images / (gpus * rate) / 3600
-        total += hours
-        print(f"  {name:20} {rate:7,.0f} images/s per GPU ({how}): {hours:6.1f} hours, ${hours * gpus * price:,.0f}")
-    print(f"  together {total:.1f} hours, ${total * gpus * price:,.0f}, without data preparation, checkpoints, "
-          "validation, and what the GPUs wait for each other")
+    images, whole = settings["max_steps"] * settings["batch_size"], flops.run_flops(settings, network)
+    print(f"{name}: {total / 1e6:,.1f} M parameters ({active / 1e6:,.1f} M active); "
+          f"{settings['max_steps']:,} steps of {settings['batch_size']:,}")
+    if whole:
+        state = total * 4 * (4 + (settings["ema_decay"] > 0))  # weights, gradients, two moments, average
+        picture = flops.activation_bytes(network, mask)
+        shares = [f"{part} {100 * share:.0f} %" for part, share in flops.flop_shares(network, mask).items()]
+        print(f"  {whole:.2e} FLOP, forward {flops.forward_flops(network, mask) / 1e9:,.1f} GFLOP a picture: "
+              f"{', '.join(shares)}\n  memory {state / 1e9:.1f} GB + {picture / 1e6:,.0f} MB a picture "
+              f"({(state + picture * micro) / 1e9:.0f} GB with its micro-batches of {micro})")
+    elif not rate:
+        raise ValueError(f"{name}: neither its FLOPs nor its speed are known, so neither is its price")
+    how = "measured" if rate else f"if at {100 * assumed_mfu:.0f} % of an H100's peak"
+    rate = rate or images * assumed_mfu * ASSUMED_PEAK / whole
+    hours = images / (gpus * rate) / 3600
+    print(f"  {rate:,.0f} images/s per GPU ({how}): {hours:.1f} hours, ${hours * gpus * price:,.0f} on {gpus} GPUs at "
+          f"${price} an hour each")
+    return hours
 
 
 def timed(function, device, before=lambda: None):
@@ -132,7 +125,7 @@ def timed(function, device, before=lambda: None):
 def efficiency(network, mask, images_per_second, peak):
     """Return the share of `peak` that the useful FLOPs of training make, as a text."""
     forward = flops.forward_flops(network, mask)
-    return f"{300 * forward * images_per_second / peak:.1f} %" if forward else "not known"
+    return f"{100 * 3 * forward * images_per_second / peak:.1f} %" if forward else "not known"
 
 
 def measure_here(device):
@@ -154,7 +147,8 @@ def measure_here(device):
 def measure_run(name, settings, network, device, peak):
     """Time a GPU's share of a step; return images per second of the compiled one, None if it did not fit."""
     share = max(1, settings["batch_size"] // gpus)
-    micro, rates, memory = min(settings["micro_batch_size"], share), {}, ""
+    micro, rates = min(settings["micro_batch_size"], share), {}
+    torch.cuda.empty_cache()
     try:
         net, step = make_step(settings, network, device, micro, share // micro)
         for version, module in (("compiled", torch.compile(net, backend=backend)), ("eager", net)):
@@ -162,12 +156,11 @@ def measure_run(name, settings, network, device, peak):
                 torch.cuda.reset_peak_memory_stats()
             seconds, low, high = timed(partial(step, module), device)
             rate = rates[version] = share / seconds
-            if device.type == "cuda":
-                memory = f", most memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
-            print(f"  {name:18} {version:9} {seconds:7.3f} s a step of {share} ({low:.3f} to {high:.3f}), {rate:6,.0f} "
-                  f"images/s, MFU {efficiency(network, settings['mask_ratio'], rate, peak)}{memory}")
+            print(f"{name}, {version}: {seconds:.3f} s a step of {share} ({low:.3f} to {high:.3f}), {rate:,.0f} "
+                  f"images/s, MFU {efficiency(network, settings['mask_ratio'], rate, peak)}, most memory "
+                  f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
     except torch.cuda.OutOfMemoryError:
-        print(f"  {name}: out of memory with {micro} pictures: try a smaller micro_batch_size in a copy of the config")
+        print(f"{name}: out of memory with {micro} pictures: try a smaller micro_batch_size in a copy of the config")
     return rates.get("compiled")
 
 

@@ -49,8 +49,9 @@ def flops_by_module(fields, mask_ratio, caption_length=77):
             net = MicroDiT(config)
         with FlopCounterMode(display=False) as counter:
             edm_loss(net, *inputs(config, 1, mask_ratio, "meta", caption_length))
-    except RuntimeError as error:  # NotImplementedError too
-        warn_once(f"FLOPs are not known, as this model.py does not run on the meta device: {str(error)[:100]} ...")
+    except RuntimeError as error:  # or its kind, NotImplementedError
+        cause = f"{error}".partition("\n")[0][:100]
+        warn_once(f"FLOPs and MFU are not known, as model.py depends on data ({type(error).__name__}: {cause} ...)")
         return None
     return {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
 
@@ -75,12 +76,11 @@ def flop_shares(config, mask_ratio=0.0):
 
 def run_flops(settings, config):
     """Return the FLOPs of a whole run, three times those of its forward passes; None where they are not known."""
-    unmasked_steps = settings["unmasked_steps"] if settings["mask_ratio"] else settings["max_steps"]
     masked, unmasked = forward_flops(config, settings["mask_ratio"]), forward_flops(config)
     if masked is None or unmasked is None:
         return None
-    steps = (settings["max_steps"] - unmasked_steps) * masked + unmasked_steps * unmasked
-    return 3 * settings["batch_size"] * steps
+    masked_steps = settings["max_steps"] - settings["unmasked_steps"]
+    return 3 * settings["batch_size"] * (masked_steps * masked + settings["unmasked_steps"] * unmasked)
 
 
 def activation_bytes(config, mask_ratio):

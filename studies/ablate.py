@@ -65,7 +65,6 @@ ARMS = {"unmasked": "mask_ratio=0", "naive": "mixer_depth=0 depth=9", "deferred"
         "mixer_wide": "mixer_dim=96", "no_scaling": "attn_ratio=1,1 mlp_ratio=1.25,1.25", "dense": "num_experts=0"}
 # what the study sets itself, and no arm
 OWN = {"schedule": "constant", "unmasked_steps": 0, "checkpoint_every": 0, "keep_checkpoints": 100, "sample_every": 0}
-stopped = threading.Event()  # set when nothing more is to be begun
 
 
 def choose_arms(given):
@@ -104,9 +103,8 @@ def read_arm(name, words):
             raise ValueError(f"a budget of {budget} TFLOP is less than a step for a part of it")
     except ValueError as error:
         raise ValueError(f"arm {name}: {error}") from None
-    return SimpleNamespace(name=name, changes=changes, plan=plan, step_flops=step, unmasked_flops=unmasked,
-                           parameters=parameters(network_of(s, info))[0], batch_size=s["batch_size"],
-                           ema_decay=s["ema_decay"])
+    return SimpleNamespace(name=name, changes=changes, settings=s, plan=plan, step_flops=step, unmasked_flops=unmasked,
+                           parameters=parameters(network_of(s, info))[0])
 
 
 def training_flops(settings, info, mask_ratio):
@@ -125,12 +123,10 @@ def open_study(chosen):
     study = json.loads(json.dumps(study | {f"arm {arm.name}": arm.changes for arm in chosen}))
     path = Path(out, "study.json")
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    differ = [name for name, value in study.items() if before.get(name, value) != value]
-    if any(result.get("model_sha256") != study["model.py"] for result in read_results(before | study)):
-        differ = ["model.py", *differ]
+    differ = {name for name, value in study.items() if before.get(name, value) != value}
+    differ |= {"model.py" for r in read_results(before | study) if r.get("model_sha256") != study["model.py"]}
     if differ:
-        raise ValueError(f"{out} was made with another {', '.join(dict.fromkeys(differ))}: give another --out, or "
-                         "restore it")
+        raise ValueError(f"{out} was made with another {', '.join(sorted(differ))}: give another --out, or restore it")
     Path(out).mkdir(parents=True, exist_ok=True)
     write_json(path, before | study)
     return before | study
@@ -152,8 +148,6 @@ def slots():
 
 def call(script, given):
     """Run a script on this thread's share of the machine; ValueError holds the last line of one that fails."""
-    if stopped.is_set():
-        raise ValueError("stopped")
     if code_hash() != json.loads(Path(out, "study.json").read_text())["model.py"]:
         raise ValueError("model.py was changed while the study ran: restore it, or begin again with another --out")
     if torch.cuda.is_available():
@@ -202,48 +196,39 @@ def run(arm, seed):
             # anew and is shorter, as the part is short
             tail = folder.with_name(f"seed{seed}-equal-{point}")
             path = train(arm, tail, tail_steps, mask_ratio=0.0, warmup_steps=0, init_from=path, init_optimizer=True,
-                         seed=seed + 1000, ema_start=1, ema_decay=min(0.98, arm.ema_decay))
+                         seed=seed + 1000, ema_start=1, ema_decay=min(0.98, arm.settings["ema_decay"]))
             parts.append((tail, tail_steps, arm.unmasked_flops))
         points[point] = measured(parts, arm) | {"scores": attribute_scores(path)}
     result = {"arm": arm.name, "seed": seed, "model_sha256": code_hash(), "points": points}
     write_json(folder.with_suffix(".json"), result)
-    print(f"{arm.name}, seed {seed}: " + ", ".join(
-        f"{p['val_loss']:.4f} at equal {point} ({p['step']:,} steps)" for point, p in points.items()), flush=True)
+    losses = [f"{p['val_loss']:.4f} at equal {point} ({p['step']:,} steps)" for point, p in points.items()]
+    print(f"{arm.name}, seed {seed}: {', '.join(losses)}", flush=True)
 
 
 def measured(parts, arm):
     """Return the last validation, seconds of training and the curve of parts [(folder, steps, FLOPs of a step)]."""
-    flops, seconds, curve = 0.0, 0.0, []
+    flops, seconds, curve, batch_size = 0.0, 0.0, [], arm.settings["batch_size"]
     for folder, steps, each in parts:
-        last = 0
-        for entry in read_jsonl(folder / "log.jsonl"):
-            step = entry["step"]
-            if "val_loss" in entry and step <= steps:
-                validation = entry
-                curve.append(((flops + step * each) / 1e12, entry["val_loss"]))
-            elif "images_per_s" in entry and step <= steps:
-                seconds += (step - last) * arm.batch_size / entry["images_per_s"]
-                last = step
+        log = [entry for entry in read_jsonl(folder / "log.jsonl") if entry["step"] <= steps]
+        validations, rates = ([entry for entry in log if key in entry] for key in ("val_loss", "images_per_s"))
+        curve += [((flops + e["step"] * each) / 1e12, e["val_loss"]) for e in validations]
+        for last, e in zip([0, *(e["step"] for e in rates)], rates):
+            seconds += (e["step"] - last) * batch_size / e["images_per_s"]
         flops += steps * each
     return {"parameters": arm.parameters, "step": sum(steps for _, steps, _ in parts), "tflop": flops / 1e12,
-            "seconds": seconds, "val_loss": validation["val_loss"], "by_sigma": validation["val_loss_by_sigma"],
-            "curve": curve}
+            "seconds": seconds, "val_loss": validations[-1]["val_loss"], "curve": curve}
 
 
 def run_all(chosen):
     """Make the runs that are missing, slots() of them side by side."""
     missing = [(arm, seed) for seed in seeds for arm in chosen if not Path(out, arm.name, f"seed{seed}.json").exists()]
-    print(f"{len(seeds) * len(chosen)} runs, {len(missing)} of them to make, {slots()} side by side, into {out}/",
-          flush=True)
-    stopped.clear()
+    print(f"{len(seeds) * len(chosen)} runs, {len(missing)} to make, {slots()} side by side, into {out}/", flush=True)
     with ThreadPoolExecutor(slots()) as pool:
         try:
             for job in as_completed([pool.submit(run, *job) for job in missing]):
                 job.result()
-        except BaseException:
-            stopped.set()
+        finally:  # after a failure the runs under way are finished, and no other is begun
             pool.shutdown(cancel_futures=True)
-            raise
 
 
 def table(study, results, point):

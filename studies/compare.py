@@ -53,23 +53,22 @@ def described(run):
 
 
 def main():
-    groups, lines, rows, levels = {}, {}, [], []  # groups: {what its runs share: {seed: run}}
+    groups, lines, rows = {}, {}, [["run", "seeds", "steps", "validation loss"]]
     for run in dict.fromkeys(runs):
         seed, rest = described(run)
         groups.setdefault(run if seed in groups.get(rest, ()) else rest, {})[seed] = run
-    for group in groups.values():
-        logs = [{e["step"]: e for e in read_jsonl(f"{run}/log.jsonl") if "val_loss" in e} for run in group.values()]
+    for group in groups.values():  # {seed: run}
+        logs = [{e["step"]: e["val_loss"] for e in read_jsonl(f"{run}/log.jsonl") if "val_loss" in e}
+                for run in group.values()]
         name = next(iter(group.values())) + (f" and {len(group) - 1} more" if len(group) > 1 else "")
-        lines[name] = band([[(step, e["val_loss"]) for step, e in log.items()] for log in logs])
+        lines[name] = band(logs)
         if not lines[name]:
             raise ValueError(f"{name}: no validation loss at a step that all of them reached")
         last = lines[name][-1][0]
-        levels = list(logs[0][last]["val_loss_by_sigma"])
-        losses = zip(*([log[last]["val_loss"], *log[last]["val_loss_by_sigma"].values()] for log in logs))
-        rows.append([name, ", ".join(map(str, group)), f"{last:,}", *(mean_and_spread(x, "{:.4f}") for x in losses)])
+        loss = mean_and_spread([log[last] for log in logs], "{:.4f}")
+        rows.append([name, ", ".join(map(str, group)), f"{last:,}", loss])
     plot(out, lines, "step", "validation loss", log=True)
-    head = ["run", "seeds", "steps", "validation loss", *(f"at noise level {level}" for level in levels)]
-    print(f"{markdown([head, *rows])}\n\n{out}")
+    print(f"{markdown(rows)}\n\n{out}")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ The weights are random, as that takes as long as real ones, and the pictures JPE
 from configurator import configure
 
 pictures = 24               # pictures to prepare
-width = 2000                # of the pictures
-height = 1500               # of the pictures
 processes = 1               # GPUs, or processes without one
 workers = -1                # processes that decode pictures, for each GPU; -1: all cores
 
@@ -54,8 +52,8 @@ def write_models(vae, clip):
 
 
 def main():
-    jpeg, coarse = io.BytesIO(), np.random.default_rng(0).integers(0, 256, (height // 16, width // 16, 3), np.uint8)
-    Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(jpeg, "JPEG", quality=90)
+    jpeg, coarse = io.BytesIO(), np.random.default_rng(0).integers(0, 256, (94, 125, 3), np.uint8)
+    Image.fromarray(coarse).resize((2000, 1500), Image.Resampling.BICUBIC).save(jpeg, "JPEG", quality=90)
     with tempfile.TemporaryDirectory() as temporary:
         vae, clip, source, out = (Path(temporary, name) for name in ("vae", "clip", "pictures", "out"))
         write_models(vae, clip)
@@ -68,19 +66,18 @@ def main():
             command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         given = {"source": source, "vae": vae, "text_encoder": clip, "out": out, "batch_size": 16, "workers": workers,
                  "shard_size": max(64, pictures // (4 * processes))}
-        command += [f"--{name}={value}" for name, value in given.items()]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run([*command, *(f"--{name}={value}" for name, value in given.items())], text=True,
+                              stdout=subprocess.PIPE)
     if done.returncode:
         raise SystemExit("prepare_speed.py: prepare_latents.py failed, for the reason above")
     line = next(line for line in done.stdout.splitlines() if "pictures/s" in line)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"{processes} x {device}, {pictures} JPEGs of {width} x {height}, {len(jpeg.getvalue()) / 1000:.0f} kB each, "
-          f"256 and 512 px\n{line}")
+    print(f"{processes} x {device}, {pictures} JPEGs of {len(jpeg.getvalue()) / 1000:.0f} kB, 256 and 512 px\n{line}")
     rate = float(re.match(r"[\d,.]+", line)[0].replace(",", "")) / processes
     print(f"37 M pictures on 8 of these: {37e6 / (8 * rate) / 3600:,.0f} hours")
 
 
 if __name__ == "__main__":
-    if min(pictures, processes, width // 16, height // 16) < 1:
-        raise SystemExit("prepare_speed.py: pictures and processes must be at least 1, width and height at least 16")
+    if min(pictures, processes) < 1:
+        raise SystemExit(f"prepare_speed.py: pictures {pictures}, processes {processes}: they must be at least 1")
     main()

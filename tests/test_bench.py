@@ -62,12 +62,10 @@ def test_operations_that_depend_on_data_leave_the_flops_unknown(edit, monkeypatc
     for cached in (flops.flops_by_module, flops.warn_once):
         cached.cache_clear()
     assert forward_flops(SMALL) is None and forward_flops(SMALL, 0.75) is None and flops.run_flops(RUN, SMALL) is None
-    assert capsys.readouterr().err.count("FLOPs are not known") == 1
-    bench.print_arithmetic("edited", RUN, SMALL)
-    assert "not known" in capsys.readouterr().out
+    assert capsys.readouterr().err.count("FLOPs and MFU are not known") == 1
     assert bench.efficiency(SMALL, 0.5, 1.0, 1e12) == "not known"
-    with pytest.raises(ValueError, match="neither"):
-        bench.print_recipe([("edited", RUN, SMALL)], {})
+    with pytest.raises(ValueError, match="neither its FLOPs nor its speed are known"):
+        bench.print_run("edited", RUN, SMALL)
     monkeypatch.undo()
     flops.flops_by_module.cache_clear()
 
@@ -76,19 +74,16 @@ def test_what_measures_a_gpu_runs(monkeypatch, capsys):
     for name, value in {"rounds": 1, "gpus": 1, "backend": "eager", "price": 2.0, "profile": True}.items():
         monkeypatch.setattr(bench, name, value)
     assert bench.measure_run("small", RUN, SMALL, torch.device("cpu"), 1e12) > 0
+    assert bench.print_run("small", RUN, SMALL, rate=1.0) == 1.0
     printed = capsys.readouterr().out
-    assert all(word in printed for word in ("compiled", "eager", "MFU", "a step of 4", "aten::bmm"))
-    bench.print_recipe([("small", RUN, SMALL)], {"small": 1.0})
-    assert "1.0 hours, $2" in capsys.readouterr().out
+    assert all(word in printed for word in ("compiled", "eager", "MFU", "a step of 4", "aten::bmm", "1.0 hours, $2"))
 
-
-def test_what_does_not_fit_is_said(monkeypatch, capsys):
     def full(*arguments):
         raise torch.cuda.OutOfMemoryError
 
     monkeypatch.setattr(bench, "make_step", full)
     assert bench.measure_run("small", RUN, SMALL, torch.device("cpu"), 1e12) is None
-    assert "small: out of memory with 1 pictures" in capsys.readouterr().out
+    assert "small: out of memory with 2 pictures" in capsys.readouterr().out
 
 
 def test_scripts(script, tmp_path):

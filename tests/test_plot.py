@@ -38,9 +38,6 @@ def test_ticks_are_round_and_inside():
     ({}, False), ({"a": [(0, float("nan"))]}, False), ({"a": [(0, 0.0), (1, 1.0)]}, True),
     ({"a": [(0, 1.0)], "b": []}, False)])  # fmt: skip
 def test_what_has_no_place_is_refused(lines, log):
+    assert plot.line_plot({"a": [(0, 1.0)]}, "x", "y", title="t", size=(300, 200)).size == (300, 200)
     with pytest.raises(ValueError, match="a line is empty, or a number has no place"):
         plot.line_plot(lines, "x", "y", log=log)
-
-
-def test_a_picture_of_any_size():
-    assert plot.line_plot({"a": [(0, 1.0)]}, "x", "y", title="t", size=(300, 200)).size == (300, 200)
