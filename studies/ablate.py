@@ -243,7 +243,7 @@ def table(study, results, point):
         words = [f"{name}={','.join(words_of(value))}" for name, value in study[f"arm {arm}"].items()]
         at = [result["points"][point] for result in results if result["arm"] == arm]
         rows.append([" ".join([arm, *words]), str(len(at)), f"{at[0]['parameters'] / 1e6:.2f} M", f"{at[0]['step']:,}",
-                     f"{at[0]['tflop']:.2f}", mean_and_spread([p["val_loss"] for p in at], "{:.4f}"),
+                     f"{at[0]['tflop']:.2f}", mean_and_spread([p["val_loss"] for p in at]),
                      f"{min(p['seconds'] for p in at) / 60:.1f}"])
         for name in scored:
             percents = [100 * right / of for right, of in (p["scores"][name] for p in at)]

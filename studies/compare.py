@@ -27,7 +27,7 @@ from common.plot import plot
 from training import checkpoint
 
 
-def mean_and_spread(values, form):
+def mean_and_spread(values, form="{:.4f}"):
     """Format the mean of the values, and their standard deviation where there are several."""
     return " ± ".join(form.format(f(values)) for f in (statistics.mean, statistics.stdev)[:len(values)])
 
@@ -65,8 +65,7 @@ def main():
         if not lines[name]:
             raise ValueError(f"{name}: no validation loss at a step that all of them reached")
         last = lines[name][-1][0]
-        loss = mean_and_spread([log[last] for log in logs], "{:.4f}")
-        rows.append([name, ", ".join(map(str, group)), f"{last:,}", loss])
+        rows.append([name, ", ".join(map(str, group)), f"{last:,}", mean_and_spread([log[last] for log in logs])])
     plot(out, lines, "step", "validation loss", log=True)
     print(f"{markdown(rows)}\n\n{out}")
 

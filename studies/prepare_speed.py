@@ -64,17 +64,17 @@ def main():
         command = [sys.executable, "prepare_latents.py", "--resolutions", "256", "512"]
         if processes > 1:
             command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        given = {"source": source, "vae": vae, "text_encoder": clip, "out": out, "batch_size": 16, "workers": workers,
-                 "shard_size": max(64, pictures // (4 * processes))}
-        done = subprocess.run([*command, *(f"--{name}={value}" for name, value in given.items())], text=True,
-                              stdout=subprocess.PIPE)
+        command += [f"--source={source}", f"--vae={vae}", f"--text_encoder={clip}", f"--out={out}", "--batch_size=16",
+                    f"--workers={workers}", f"--shard_size={max(64, pictures // (4 * processes))}"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit("prepare_speed.py: prepare_latents.py failed, for the reason above")
     line = next(line for line in done.stdout.splitlines() if "pictures/s" in line)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"{processes} x {device}, {pictures} JPEGs of {len(jpeg.getvalue()) / 1000:.0f} kB, 256 and 512 px\n{line}")
     rate = float(re.match(r"[\d,.]+", line)[0].replace(",", "")) / processes
-    print(f"37 M pictures on 8 of these: {37e6 / (8 * rate) / 3600:,.0f} hours")
+    if rate:  # printed as 0.0 where one picture takes longer than 20 seconds
+        print(f"37 M pictures on 8 of these: {37e6 / (8 * rate) / 3600:,.0f} hours")
 
 
 if __name__ == "__main__":

@@ -142,19 +142,23 @@ def test_every_run_has_a_gpu_of_those_that_are_given(study, tmp_path, monkeypatc
     assert [set(seen[:2]), set(seen[2:])] == [{"5", "7"}, {"0", "1"}]
 
 
-def write_run(folder, losses, **settings):
+def write_run(folder, losses, seed, dim, model):
     folder.mkdir()
-    (folder / "run.json").write_text(json.dumps({"settings": settings | {"out": str(folder)}, "model_sha256": "a"}))
+    settings = {"seed": seed, "dim": dim, "out": str(folder)}
+    (folder / "run.json").write_text(json.dumps({"settings": settings, "model_sha256": model}))
     entries = [{"step": 1, "loss": 3.0}, *({"step": 100 * i, "val_loss": x} for i, x in enumerate(losses, 1))]
     (folder / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
     return folder
 
 
 def test_compare(script, tmp_path):
-    a, b, c = (write_run(tmp_path / "a", [0.5, 0.1], seed=0, dim=8), write_run(tmp_path / "b", [0.4], seed=0, dim=9),
-               write_run(tmp_path / "c", [0.5, 0.3, 0.2], seed=1, dim=8))  # fmt: skip
-    printed = script("-m", "studies.compare", a, b, c, "--out", tmp_path / "c.png")
-    assert f"| {a} and 1 more | 0, 1 | 200 | 0.2000 ± 0.1414 |" in printed and str(c) + " " not in printed
-    assert f"| {b} | 0 | 100 | 0.4000 |" in printed and Image.open(tmp_path / "c.png").size[0] > 500
+    about = {"a": ([0.5, 0.1], 0, 8, "x"), "b": ([0.4], 2, 9, "x"), "c": ([0.4], 3, 8, "y"),
+             "d": ([0.5, 0.3, 0.2], 1, 8, "x"), "e": ([0.7], 1, 8, "x")}  # fmt: skip
+    a, b, c, d, e = (write_run(tmp_path / name, *values) for name, values in about.items())
+    printed = script("-m", "studies.compare", a, b, c, d, e, "--out", tmp_path / "c.png")
+    assert f"| {a} and 1 more | 0, 1 | 200 | 0.2000 ± 0.1414 |" in printed and f"| {d}" not in printed
+    for alone, loss in ((b, 0.4), (c, 0.4), (e, 0.7)):  # another setting, another model.py, the same seed again
+        assert f"| {alone} | {about[alone.name][1]} | 100 | {loss:.4f} |" in printed
+    assert Image.open(tmp_path / "c.png").size[0] > 500
     for runs, words in (("runs/none", "runs/none"), ("--runs=", "which runs")):
         assert words in script("-m", "studies.compare", runs, fails=True)
