@@ -104,9 +104,9 @@ def test_the_command_line(script):
     assert ablate.take_arms(words) == [["a"], ["b", "dim=96", "p_mean=-1"], ["c"]]
     assert words == ["ablate.py", "--seeds", "0", "1"]
     for name in ("ablate", "compare", "prepare_speed"):
-        assert f"python -m studies.{name}" in script("-m", f"studies.{name}", "--help")
-        assert "nearest is" in script("-m", f"studies.{name}", "--sedes=3", fails=True)
-    assert "nowhere" in script("-m", "studies.ablate", "--arm", "a", "dim=96", "--data=nowhere", fails=True)
+        assert f"python -m studies.{name}" in script(f"studies/{name}.py", "--help")
+        assert "nearest is" in script(f"studies/{name}.py", "--sedes=3", fails=True)
+    assert "nowhere" in script("studies/ablate.py", "--arm", "a", "dim=96", "--data=nowhere", fails=True)
 
 
 def test_scores_come_from_eval_fid(study, tmp_path, monkeypatch):
@@ -155,10 +155,10 @@ def test_compare(script, tmp_path):
     about = {"a": ([0.5, 0.1], 0, 8, "x"), "b": ([0.4], 2, 9, "x"), "c": ([0.4], 3, 8, "y"),
              "d": ([0.5, 0.3, 0.2], 1, 8, "x"), "e": ([0.7], 1, 8, "x")}  # fmt: skip
     a, b, c, d, e = (write_run(tmp_path / name, *values) for name, values in about.items())
-    printed = script("-m", "studies.compare", a, b, c, d, e, "--out", tmp_path / "c.png")
+    printed = script("studies/compare.py", a, b, c, d, e, "--out", tmp_path / "c.png")
     assert f"| {a} and 1 more | 0, 1 | 200 | 0.2000 ± 0.1414 |" in printed and f"| {d}" not in printed
     for alone, loss in ((b, 0.4), (c, 0.4), (e, 0.7)):  # another setting, another model.py, the same seed again
         assert f"| {alone} | {about[alone.name][1]} | 100 | {loss:.4f} |" in printed
     assert Image.open(tmp_path / "c.png").size[0] > 500
     for runs, words in (("runs/none", "runs/none"), ("--runs=", "which runs")):
-        assert words in script("-m", "studies.compare", runs, fails=True)
+        assert words in script("studies/compare.py", runs, fails=True)
