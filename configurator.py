@@ -9,61 +9,85 @@ message, before anything heavy is imported or anything is written; --help prints
 """
 import ast
 import difflib
+import importlib.util
 import io
 import sys
 import tokenize
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent
+FROM_DATA = ("latent_channels", "caption_dim")  # fields of the network's dataclass that the data decide
 
-def configure(module):
-    """Overwrite the settings in `module`, a script's globals(), from sys.argv; returns them all as a dict."""
+
+def configure(module, network=""):
+    """Overwrite the settings in `module`, a script's globals(), from sys.argv; return them all as a dict.
+
+    network names a dataclass, as "model.MicroDiTConfig", whose fields are settings too. They are in the dict alone.
+    """
     script = Path(module["__file__"])
-    source = script.read_text(encoding="utf-8")
-    defaults = {name: module[name] for name in setting_names(source)}
-    if any(arg in ("--help", "-h") for arg in sys.argv[1:]):
-        print_help(module.get("__doc__"), source, defaults)
-        raise SystemExit(0)
     try:
+        if any(arg in ("--help", "-h") for arg in sys.argv[1:]):
+            print_help(module.get("__doc__"), read_defaults(script))
+            raise SystemExit(0)
+        defaults = {name: default for name, (default, _) in read_defaults(script).items()}
         config_file, overrides = parse_command_line(sys.argv[1:], defaults)
-        settings = dict(defaults)
-        if config_file:
-            settings |= read_config(config_file, defaults)
-        settings |= overrides
+        settings = defaults | (read_config(config_file, defaults) if config_file else {}) | overrides
     except ValueError as error:
         raise SystemExit(f"{script.name}: {error}") from None
-    module.update(settings)
+    if importlib.util.find_spec("torch") is None:
+        raise SystemExit(f"{script.name}: this Python ({sys.executable}) has no torch. Activate the environment, "
+                         "`source .venv/bin/activate`, or pip install -r requirements.txt")
+    module.update({name: value for name, value in settings.items() if name in module})
     return settings
 
 
-def setting_names(source):
-    """Names assigned at module level before the call of configure()"""
-    names = []
+def script_settings(script, config=None):
+    """The settings of a script that is not this one: its defaults, overwritten by a config file. It is not imported."""
+    defaults = {name: default for name, (default, _) in read_defaults(ROOT / script).items()}
+    return defaults | (read_config(config, defaults) if config else {})
+
+
+def read_defaults(script):
+    """{name: (default, comment)} of the assignments at module level before the call of configure(), and of the fields
+    of the dataclass that the call names"""
+    source = Path(script).read_text(encoding="utf-8")
+    comments, found = trailing_comments(source, 0), {}
     for node in ast.parse(source).body:
-        if "configure(" in (ast.get_source_segment(source, node) or "") and not isinstance(node, ast.FunctionDef):
-            break
-        if isinstance(node, ast.Assign):
-            names += [t.id for t in node.targets if isinstance(t, ast.Name) and not t.id.startswith("_")]
-    return names
+        if isinstance(node, ast.Assign) and not node.targets[0].id.isupper():
+            found[node.targets[0].id] = ast.literal_eval(node.value), comments.get(node.targets[0].id, "")
+        elif isinstance(node, ast.If):
+            calls = [call for call in ast.walk(node) if isinstance(call, ast.Call)]
+            named = [k.value.value for call in calls for k in call.keywords if k.arg == "network"]
+            return found | (read_fields(*named[0].split(".")) if named else {})
+    return found
 
 
-def setting_comments(source):
-    """{name: comment}: the trailing comment of an assignment and the lines of comment right below it, further right"""
+def read_fields(module, name):
+    """{field: (default, comment)} of a dataclass in a file at the top, without those that come from the data"""
+    source = (ROOT / f"{module}.py").read_text(encoding="utf-8")
+    comments = trailing_comments(source, 4)
+    (body,) = (n.body for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == name)
+    return {n.target.id: (ast.literal_eval(n.value), comments.get(n.target.id, "")) for n in body
+            if isinstance(n, ast.AnnAssign) and n.target.id not in FROM_DATA}
+
+
+def trailing_comments(source, column):
+    """{name: comment}: what follows an assignment in its line, and the lines of comment right below it"""
     comments, current = {}, None
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.NAME and token.start[1] == 0:
+        if token.type == tokenize.NAME and token.start[1] == column:
             current = token.string
-        elif token.type == tokenize.COMMENT and current and token.start[1] > 0:
+        elif token.type == tokenize.COMMENT and current and token.start[1] > column:
             comments[current] = f"{comments.get(current, '')} {token.string.lstrip('# ')}".strip()
     return comments
 
 
-def print_help(doc, source, defaults):
+def print_help(doc, defaults):
     print((doc or "").strip())
     print("\nSettings (--name=value or --name value; a first argument without dashes is a config file):\n")
-    comments = setting_comments(source)
     width = max(len(name) for name in defaults) + 2
-    for name, value in defaults.items():
-        print(f"  --{name:{width}}{value!r:<24}  {comments.get(name, '')}")
+    for name, (value, comment) in defaults.items():
+        print(f"  --{name:{width}}{value!r:<24}  {comment}")
 
 
 def unknown(name, defaults):
@@ -77,9 +101,10 @@ def parse_command_line(args, defaults):
     while i < len(args):
         arg, i = args[i], i + 1
         if not arg.startswith("--"):
-            if config_file or overrides:
+            if config_file or overrides or not arg.endswith(".py"):
+                hint = f". Did you mean --prompt \"{arg}\"?" if "prompt" in defaults else ""
                 raise ValueError(f"do not know what to do with '{arg}': settings are given as --name=value, and one "
-                                 "config file comes first")
+                                 f"config file (.py) comes first{hint}")
             config_file = arg
             continue
         name, equals, text = arg[2:].partition("=")
@@ -122,17 +147,17 @@ def type_name(value):
 def read_config(path, defaults):
     """The settings of a config file; ValueError names the file, and the nearest setting to one that does not exist."""
     if not Path(path).is_file():
-        there = ", ".join(sorted(str(p) for p in Path("config").glob("*.py"))) or "none in config/"
-        raise ValueError(f"no config file {path} (there are: {there})")
-    found = {"__file__": str(path)}
+        configs = ", ".join(sorted(str(p) for p in Path("config").glob("*.py"))) or "none in config/"
+        raise ValueError(f"no config file {path} (there are: {configs})")
+    values = {"__file__": str(path)}
     try:
-        exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), found)
+        exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), values)
     except Exception as error:
         inside = error.__traceback__.tb_next
         line = getattr(error, "lineno", None) or (inside.tb_lineno if inside else "?")
         raise ValueError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
     settings = {}
-    for name, value in found.items():
+    for name, value in values.items():
         if name.startswith("_") or isinstance(value, type(ast)):  # modules that the file imported
             continue
         if name not in defaults:

@@ -29,8 +29,8 @@ import json
 from pathlib import Path
 
 from common.files import write_atomic
+from common.images import picture_grid
 from pictures import shapes
-from sampling.grids import picture_grid
 from sampling.pipeline import generate, load
 
 

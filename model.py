@@ -22,18 +22,18 @@ class MicroDiTConfig:
     """The defaults are the paper's XL/2 at 256 px with a 4-channel autoencoder."""
     latent_size: int = 32                       # height and width of the latents
     latent_channels: int = 4
-    patch_size: int = 2
+    patch_size: int = 2                         # latent pixels per patch and axis
     dim: int = 1024                             # width of the backbone
     depth: int = 28                             # backbone blocks
-    head_dim: int = 64
+    head_dim: int = 64                          # width of an attention head
     mlp_multiple: int = 256                     # hidden widths of the MLPs are rounded up to a multiple of it
     caption_dim: int = 1024                     # width of the caption embedding
     pos_scale: float = 1.0                      # positions are divided by it: 1 at 256 px, 2 at 512 px
     attn_ratio: tuple[float, float] = (0.5, 1.0)  # layer-wise scaling: attention width / dim, first and last block
     mlp_ratio: tuple[float, float] = (0.5, 4.0)   # layer-wise scaling: MLP width / dim, first and last block
     mixer_depth: int = 6                        # patch mixer blocks; 0: no mixer, naive masking
-    mixer_dim: int = 768
-    mixer_mlp_ratio: float = 4.0
+    mixer_dim: int = 768                        # width of the mixer
+    mixer_mlp_ratio: float = 4.0                # MLP width / mixer_dim
     num_experts: int = 8                        # 0: dense MLPs everywhere
     expert_capacity: float = 2.0                # experts that process a token, on average
     moe_every: int = 2                          # every so many blocks one is sparse
@@ -98,6 +98,11 @@ class Attention(nn.Module):
             self.qkv = nn.Linear(dim, 3 * width, bias=False)
         self.proj = nn.Linear(width, dim, bias=False)
 
+    def init_weights(self, out_std):
+        for linear in (self.q, self.kv) if self.cross else (self.qkv,):
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+        nn.init.trunc_normal_(self.proj.weight, std=out_std)
+
     def forward(self, x, caption=None):
         q, k, v = (self.q(x), *self.kv(caption).chunk(2, -1)) if self.cross else self.qkv(x).chunk(3, -1)
         # normalised over all heads together, before they are split
@@ -112,6 +117,11 @@ class SwiGLU(nn.Module):
         self.w1 = nn.Linear(dim, hidden, bias=False)
         self.w2 = nn.Linear(dim, hidden, bias=False)
         self.w3 = nn.Linear(hidden, dim, bias=False)
+
+    def init_weights(self, out_std):
+        nn.init.trunc_normal_(self.w1.weight, std=0.02)
+        for linear in (self.w2, self.w3):
+            nn.init.trunc_normal_(linear.weight, std=out_std)
 
     def forward(self, x):
         return self.w3(F.silu(self.w1(x)) * self.w2(x))
@@ -129,6 +139,10 @@ class ExpertChoiceMLP(nn.Module):
         self.router = nn.Linear(dim, num_experts, bias=False)
         self.w1 = nn.Parameter(torch.empty(num_experts, dim, hidden))
         self.w2 = nn.Parameter(torch.empty(num_experts, hidden, dim))
+
+    def init_weights(self, out_std):
+        for weight, std in ((self.w1, 0.02), (self.w2, out_std), (self.router.weight, 0.02)):
+            nn.init.trunc_normal_(weight, std=std)
 
     def forward(self, x, router_input=None):
         B, T, d = x.shape
@@ -160,6 +174,13 @@ class Block(nn.Module):
             self.mlp = SwiGLU(dim, swiglu_hidden(dim, mlp_ratio, c.mlp_multiple))
         self.modulation = nn.Linear(c.dim, 6 * dim)
 
+    def init_weights(self, out_std):
+        """Every layer that has an init_weights(out_std) initialises itself; zero gates make the block the identity."""
+        for layer in self.children():
+            if hasattr(layer, "init_weights"):
+                layer.init_weights(out_std)
+        nn.init.zeros_(self.modulation.weight)
+
     def forward(self, x, caption, cond):
         """x (B,T,d), caption (B,L,d), cond (B,D), already through its GELU -> (B,T,d)"""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(cond).chunk(6, -1)
@@ -179,6 +200,12 @@ class CaptionBlock(nn.Module):
         self.attn = Attention(dim, dim, head_dim)
         self.mlp = SwiGLU(dim, swiglu_hidden(dim, 4, mlp_multiple))
 
+    def init_weights(self):
+        for layer in (self.attn, self.mlp):
+            layer.init_weights(out_std=0.02)
+        nn.init.zeros_(self.attn.proj.weight)  # it starts as the identity
+        nn.init.zeros_(self.mlp.w3.weight)
+
     def forward(self, x):
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
@@ -189,6 +216,10 @@ class CaptionMLP(nn.Module):
         super().__init__()
         self.fc1, self.norm, self.fc2 = nn.Linear(in_dim, dim), layer_norm(dim), nn.Linear(dim, dim)
 
+    def init_weights(self):
+        for linear in (self.fc1, self.fc2):
+            nn.init.normal_(linear.weight, std=0.02)
+
     def forward(self, x):
         return self.fc2(self.norm(gelu_tanh(self.fc1(x))))
 
@@ -197,6 +228,10 @@ class FinalLayer(nn.Module):
     def __init__(self, dim, out_dim):
         super().__init__()
         self.norm, self.modulation, self.linear = layer_norm(dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, out_dim)
+
+    def init_weights(self):
+        for linear in (self.modulation, self.linear):
+            nn.init.zeros_(linear.weight)
 
     def forward(self, x, cond):
         return self.linear(modulate(self.norm(x), *self.modulation(cond).chunk(2, -1)))
@@ -324,84 +359,34 @@ class MicroDiT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Xavier-uniform Linears, except where the paper's code has a normal (0.02), scaled by depth at the outputs."""
+        """Xavier-uniform Linears, except where a layer's own init_weights says otherwise: normal (0.02), scaled by
+        depth at the outputs of the blocks (the paper's code)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patch_embed.weight.flatten(1))
-        for mlp in (self.noise_embed, self.caption_embed, self.pooled_embed):
-            for module in mlp.modules():
-                if isinstance(module, nn.Linear):
-                    nn.init.normal_(module.weight, std=0.02)
-        self._init_block(self.caption_block, out_std=0.02)
+        for linear in (self.noise_embed[0], self.noise_embed[2]):
+            nn.init.normal_(linear.weight, std=0.02)
+        for layer in (self.caption_embed, self.pooled_embed, self.caption_block):
+            layer.init_weights()
         for i, block in enumerate(self.blocks):
-            self._init_block(block, out_std=0.02 / math.sqrt(2 * (i + 1)))
+            block.init_weights(out_std=0.02 / math.sqrt(2 * (i + 1)))
         for block in self.mixer:
-            self._init_block(block, out_std=0.02 / math.sqrt(2 * self.config.depth))
-        # everything starts as the identity: zero gates, zero caption block, zero output
-        for weight in (self.caption_block.attn.proj.weight, self.caption_block.mlp.w3.weight,
-                       self.final.linear.weight, self.final.modulation.weight,
-                       *(block.modulation.weight for block in [*self.mixer, *self.blocks])):
-            nn.init.zeros_(weight)
-
-    @staticmethod
-    def _init_block(block, out_std):
-        for name, weight in block.named_parameters():
-            if weight.ndim < 2 or name.startswith("modulation"):
-                continue
-            dense_value = isinstance(block, Block) and isinstance(block.mlp, SwiGLU) and name == "mlp.w2.weight"
-            is_output = dense_value or name.endswith("proj.weight") or name in ("mlp.w3.weight", "mlp.w2")
-            nn.init.trunc_normal_(weight, std=out_std if is_output else 0.02)
+            block.init_weights(out_std=0.02 / math.sqrt(2 * self.config.depth))
+        self.final.init_weights()
 
     @classmethod
     def from_official(cls, state_dict, config):
         """A network with the weights of a released state dict, in float32; ValueError if the tensors do not fit."""
-        with torch.device("meta"):
-            net = cls(config)
-        wanted = {official_name(n): (n, p) for n, p in net.named_parameters()}
-        given = {n: t for n, t in state_dict.items() if n not in ("pos_embed", "mask_token")}
-        problems = [f"missing {n}" for n in wanted if n not in given]
-        problems += [f"left over {n}" for n in given if n not in wanted]
-        problems += [f"{n} is {tuple(given[n].shape)}, the config wants {tuple(p.shape)}"
-                     for n, (_, p) in wanted.items() if n in given and given[n].shape != p.shape]
-        if problems:
-            raise ValueError(f"the state dict does not fit the config in {len(problems)} tensors: "
-                             + "; ".join(problems[:5]))
-        net.load_state_dict({n: given[o].to(torch.float32, copy=True) for o, (n, _) in wanted.items()}, assign=True)
-        with torch.device("cpu"):
-            net.pos_embed = position_table(config).to(net.final.linear.weight.device)
-        return net
+        from encoders.released import from_official
+        return from_official(cls, state_dict, config)
 
     def to_official(self):
         """The weights under the released checkpoints' tensor names, with their two constants."""
-        c = self.config
-        state = {official_name(n): p.detach() for n, p in self.named_parameters()}
-        state["pos_embed"] = self.pos_embed.unsqueeze(0)
-        state["mask_token"] = self.pos_embed.new_zeros(1, 1, c.patch_size ** 2 * c.latent_channels)
-        return state
-
-
-OFFICIAL_NAMES = [  # (start of our name, start of the released name), then the parts that differ inside a block
-    ("patch_embed.", "x_embedder.proj."), ("noise_embed.", "t_embedder.mlp."), ("caption_embed.", "y_embedder.y_proj."),
-    ("caption_block.", "y_emb_preprocess."), ("pooled_embed.", "pooled_y_emb_process."),
-    ("mixer_in.", "patch_mixer_map_xin."), ("mixer_out.", "patch_mixer_map_xout."),
-    ("mixer_caption.", "patch_mixer_map_y."), ("mixer.", "patch_mixer."),
-    ("final.norm.", "final_layer.norm_final."), ("final.", "final_layer.")]
-OFFICIAL_PARTS = [(".modulation.", ".adaLN_modulation.1."), (".cross_attn.q.", ".cross_attn.q_linear."),
-                  (".cross_attn.kv.", ".cross_attn.kv_linear."), (".mlp.router.", ".mlp.gate.")]
-
-
-def official_name(name):
-    """The released checkpoints' name of one of our parameters"""
-    for ours, theirs in OFFICIAL_NAMES:
-        if name.startswith(ours):
-            name = theirs + name[len(ours):]
-            break
-    for ours, theirs in OFFICIAL_PARTS:
-        name = name.replace(ours, theirs)
-    return name
+        from encoders.released import to_official
+        return to_official(self)
 
 
 def linspace(first, last, n):
@@ -440,6 +425,7 @@ def edm_loss(net, latents, caption, sigma, noise, ids_keep=None, reduce=True):
     """Weighted squared error of D (EDM, eq. 8), in float32: latents, noise (B,C,H,W), sigma (B,) -> scalar.
 
     The mean over each picture's kept patches, then over pictures; reduce=False gives the B means. noise ~ N(0, 1).
+    A network that leaves a scalar or (B,) as its attribute extra_loss has that added in training.
     """
     sigma_ = sigma.float().view(-1, 1, 1, 1)
     c_skip, c_out, c_in, c_noise = preconditioning(sigma_)
@@ -451,6 +437,10 @@ def edm_loss(net, latents, caption, sigma, noise, ids_keep=None, reduce=True):
     if ids_keep is not None:
         target = gather_tokens(patchify(target, math.isqrt(out.shape[-1] // latents.shape[1])), ids_keep)
     loss = (out - target).square().flatten(1).mean(1)
+    while hasattr(net, "module"):  # of DDP
+        net = net.module
+    if getattr(net, "training", False) and getattr(net, "extra_loss", None) is not None:
+        loss = loss + net.extra_loss
     return loss.mean() if reduce else loss
 
 

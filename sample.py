@@ -46,11 +46,11 @@ from pathlib import Path
 
 from PIL.PngImagePlugin import PngInfo
 
+from common.images import MOST, decode_images, picture_grid
 from encoders import words_of
 from evaluation import drawn, geneval
 from model import SAMPLERS
-from sampling.grids import MOST, picture_grid
-from sampling.pipeline import check_prompts, decode_images, draw, generate, load  # noqa: F401 (generate is for others)
+from sampling.pipeline import check_prompts, draw, generate, load  # noqa: F401 (generate is for others)
 
 STRIP = 8  # moments of the denoising that a strip shows
 

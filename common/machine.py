@@ -49,19 +49,26 @@ def exit_with_parent():
 
 
 def exit_with_launcher():
-    """Of a process of torchrun or masking.py: a killed launcher would leave it behind, to write into the folder of the
-    next run."""
+    """End a process of torchrun or studies/ablate.py with its launcher.
+
+    A killed one would leave it behind, to write into the folder of the next run.
+    """
     if {"TORCHELASTIC_RUN_ID", "EXIT_WITH_PARENT"} & os.environ.keys():
         exit_with_parent()
 
 
 def shared_store():
-    """The key-value store that the processes of torchrun share.
+    """Return the key-value store that the processes of torchrun share.
 
-    On one machine torchrun keeps it when it starts crashed processes again, and with it what the last attempt wrote.
+    torchrun keeps it when it starts crashed processes again, and with it what the last attempt wrote. On one machine
+    the attempt's number tells them apart; several nodes count their own, so there each attempt needs a new store.
     """
     import torch.distributed as dist
+    attempt, one_node = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), "LOCAL_WORLD_SIZE" in os.environ
+    one_node = one_node and os.environ["WORLD_SIZE"] == os.environ["LOCAL_WORLD_SIZE"]
+    again = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+    if again and not one_node and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
+        raise ValueError("several nodes with --max-restarts need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the "
+                         "environment of every torchrun: without it a restart waits for ever")
     store = next(dist.rendezvous("env://"))[0]
-    if os.environ["WORLD_SIZE"] == os.environ.get("LOCAL_WORLD_SIZE"):
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    return store
+    return dist.PrefixStore(f"attempt {attempt}", store) if one_node else store

@@ -7,6 +7,7 @@ The paper's XL/2, 1,165.4 M parameters, phase 2 of 4: 256 px, whole pictures, 30
 """
 from config.xl2_256 import *
 
+seed = 2025                 # data in an order of its own
 init_from = "runs/xl2_256"
 init_optimizer = True
 micro_batch_size = 32

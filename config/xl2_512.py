@@ -9,6 +9,7 @@ the distance, so that the four times as many patches cover the same range. Of CC
 from config.xl2_256 import *
 
 data = ("data/sa1b", "data/cc12m@512", "data/textcaps", "data/journeydb")
+seed = 2026                 # data in an order of its own
 init_from = "runs/xl2_256_unmasked"
 latent_size = 64
 pos_scale = 2.0

@@ -7,6 +7,7 @@ The paper's XL/2, 1,165.4 M parameters, phase 4 of 4: 512 px, whole pictures, 5,
 """
 from config.xl2_512 import *
 
+seed = 2027                 # data in an order of its own
 init_from = "runs/xl2_512"
 init_optimizer = True
 micro_batch_size = 8

@@ -101,3 +101,56 @@ def download(name):
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(f"no checkpoint {name}: it is neither a file here nor could it be fetched from the hub "
                          f"({type(error).__name__}: {str(error).splitlines()[0]})") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tensor names
+
+
+OFFICIAL_NAMES = [  # (start of our name, start of the released name), then the parts that differ inside a block
+    ("patch_embed.", "x_embedder.proj."), ("noise_embed.", "t_embedder.mlp."), ("caption_embed.", "y_embedder.y_proj."),
+    ("caption_block.", "y_emb_preprocess."), ("pooled_embed.", "pooled_y_emb_process."),
+    ("mixer_in.", "patch_mixer_map_xin."), ("mixer_out.", "patch_mixer_map_xout."),
+    ("mixer_caption.", "patch_mixer_map_y."), ("mixer.", "patch_mixer."),
+    ("final.norm.", "final_layer.norm_final."), ("final.", "final_layer.")]
+OFFICIAL_PARTS = [(".modulation.", ".adaLN_modulation.1."), (".cross_attn.q.", ".cross_attn.q_linear."),
+                  (".cross_attn.kv.", ".cross_attn.kv_linear."), (".mlp.router.", ".mlp.gate.")]
+
+
+def official_name(name):
+    """The released checkpoints' name of one of our parameters"""
+    for ours, theirs in OFFICIAL_NAMES:
+        if name.startswith(ours):
+            name = theirs + name[len(ours):]
+            break
+    for ours, theirs in OFFICIAL_PARTS:
+        name = name.replace(ours, theirs)
+    return name
+
+
+def from_official(cls, state_dict, config):
+    """See MicroDiT.from_official."""
+    with torch.device("meta"):
+        net = cls(config)
+    wanted = {official_name(n): (n, p) for n, p in net.named_parameters()}
+    given = {n: t for n, t in state_dict.items() if n not in ("pos_embed", "mask_token")}
+    problems = [f"missing {n}" for n in wanted if n not in given]
+    problems += [f"left over {n}" for n in given if n not in wanted]
+    problems += [f"{n} is {tuple(given[n].shape)}, the config wants {tuple(p.shape)}"
+                 for n, (_, p) in wanted.items() if n in given and given[n].shape != p.shape]
+    if problems:
+        raise ValueError(f"the state dict does not fit the config in {len(problems)} tensors: "
+                         + "; ".join(problems[:5]))
+    net.load_state_dict({n: given[o].to(torch.float32, copy=True) for o, (n, _) in wanted.items()}, assign=True)
+    with torch.device("cpu"):
+        net.pos_embed = position_table(config).to(net.final.linear.weight.device)
+    return net
+
+
+def to_official(net):
+    """See MicroDiT.to_official."""
+    c = net.config
+    state = {official_name(n): p.detach() for n, p in net.named_parameters()}
+    state["pos_embed"] = net.pos_embed.unsqueeze(0)
+    state["mask_token"] = net.pos_embed.new_zeros(1, 1, c.patch_size ** 2 * c.latent_channels)
+    return state

@@ -9,9 +9,9 @@ import sys
 from dataclasses import dataclass, field
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
+from common.images import decode_images
 from common.machine import pick_device
 from encoders import load_text_encoder, load_vae
 from model import MicroDiT
@@ -162,9 +162,3 @@ def start_noise(pipeline, seeds):
     shape = (c.latent_channels, c.latent_size, c.latent_size)
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
     return torch.stack(noise).to(pipeline.device)
-
-
-def decode_images(vae, latents):
-    """Latents (B,C,h,w) -> list of PIL images"""
-    pixels = (vae.decode(latents).float() / 2 + 0.5).clamp(0, 1) * 255
-    return [Image.fromarray(p) for p in pixels.round().byte().permute(0, 2, 3, 1).cpu().numpy()]

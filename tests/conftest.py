@@ -1,10 +1,14 @@
+import functools
+import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -12,29 +16,81 @@ os.chdir(ROOT)
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
 torch.set_num_threads(1)  # small tensors, and the suite runs as two processes
 
+SMALL = ("--latent_size=8", "--dim=32", "--depth=2", "--head_dim=8", "--mlp_multiple=8", "--mixer_depth=1",
+         "--mixer_dim=16", "--num_experts=2", "--batch_size=16", "--micro_batch_size=4", "--warmup_steps=3",
+         "--learning_rate=3e-3", "--log_every=1", "--eval_every=4", "--sample_every=0", "--checkpoint_every=4",
+         "--ema_decay=0.9", "--ema_start=3")  # of train.py, for a network of the drawn set at 16 px
 
-def launch(name, *args, fails=False, processes=1):
-    """Run a script -> what it printed, or the last line of an expected failure, which must have no traceback"""
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    p = subprocess.run(
-        [*command, name, *map(str, args)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert (p.returncode != 0) == fails, p.stdout + p.stderr
-    if fails:
-        assert "Traceback" not in p.stderr, p.stderr
-        return p.stderr.strip().splitlines()[-1]
-    return p.stdout + p.stderr
+
+def launch(name, *args, fails=False, processes=1, cwd=ROOT, env=(), traceback=False):
+    """Run a script -> what it printed, or the last line of an expected failure, which must have no traceback.
+
+    traceback: of torchrun's own after an expected failure, then everything that was printed is returned.
+    """
+    argv = [str(name), *map(str, args)]
+    if processes == 1 and cwd == ROOT and not env and hasattr(os, "fork"):
+        code, out, err = forked(argv)
+    else:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        p = subprocess.run([sys.executable, *(torchrun if processes > 1 else []), *argv], cwd=cwd, capture_output=True,
+                           text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | dict(env))
+        code, out, err = p.returncode, p.stdout, p.stderr
+    assert (code != 0) == fails, out + err
+    if fails and not traceback:
+        assert "Traceback" not in err, err
+        return err.strip().splitlines()[-1]
+    return out + err
+
+
+@functools.cache
+def zygote():
+    """The process that scripts are forked from"""
+    return subprocess.Popen([sys.executable, ROOT / "tests/zygote.py"], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+                            stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def forked(argv):
+    """(exit code, standard output, standard error) of a script"""
+    with tempfile.TemporaryDirectory() as folder:
+        files = {"out": f"{folder}/out", "err": f"{folder}/err"}
+        zygote().stdin.write(json.dumps({"argv": argv, "env": dict(os.environ)} | files) + "\n")
+        zygote().stdin.flush()
+        code = int(zygote().stdout.readline())
+        return code, *(Path(path).read_text(encoding="utf-8", errors="replace") for path in files.values())
 
 
 @pytest.fixture
 def script():
     return launch
+
+
+@pytest.fixture(scope="session")
+def shapes16(tmp_path_factory):
+    """A prepared folder of 120 drawn pictures of 16 px"""
+    folder = tmp_path_factory.mktemp("data") / "shapes16"
+    launch("prepare_latents.py", "--out", folder, "--limit=120", "--resolutions", "16")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shapes32(tmp_path_factory):
+    """A prepared folder of 24 drawn pictures of 32 px"""
+    folder = tmp_path_factory.mktemp("data") / "shapes32"
+    launch("prepare_latents.py", "--out", folder, "--limit=24")
+    return folder
+
+
+def log_of(run):
+    return [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
+
+
+def losses(run):
+    return {entry["step"]: entry["loss"] for entry in log_of(run) if "loss" in entry}
+
+
+def weights(run):
+    """The tensors of a run's last checkpoint"""
+    return load_file(sorted(Path(run).glob("step_*.safetensors"))[-1])
 
 
 @pytest.fixture

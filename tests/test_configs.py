@@ -1,4 +1,4 @@
-"""Every file in config/ is a run that starts, and the README's two commands are what they should be."""
+"""Every file in config/ is a run that starts, and the paper's phases have the paper's settings."""
 
 import re
 from dataclasses import fields
@@ -7,73 +7,47 @@ import pytest
 import torch
 from conftest import ROOT, launch
 
-import train
 from common.flops import forward_flops, parameters
-from configurator import read_config, setting_names
+from configurator import script_settings
 from model import MicroDiT, MicroDiTConfig, edm_loss
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "shapes"
-    launch("prepare_latents.py", "--out", folder, "--limit=24")
-    return folder
-
 
 CONFIGS = sorted(p.stem for p in (ROOT / "config").glob("[!_]*.py"))
 LAPTOP = ("small", "tiny")
 
 
 def settings_of(name):
-    defaults = {n: getattr(train, n) for n in setting_names((ROOT / "train.py").read_text())}
-    return defaults | read_config(f"config/{name}.py", defaults)
+    return script_settings("train.py", f"config/{name}.py")
 
 
 def network(s):
-    names = {f.name for f in fields(MicroDiTConfig)} & s.keys()
-    return MicroDiTConfig(**{n: s[n] for n in names})
+    return MicroDiTConfig(**{f.name: s[f.name] for f in fields(MicroDiTConfig) if f.name in s})
 
 
 @pytest.mark.parametrize("config", LAPTOP)
-def test_config(data, tmp_path, config):
-    printed = launch(
-        "train.py", f"config/{config}.py", f"--data={data}", f"--out={tmp_path / 'run'}", "--batch_size=4",
-        "--micro_batch_size=4", "--max_steps=2", "--unmasked_steps=1", "--sample_every=0")  # fmt: skip
+def test_config(shapes32, tmp_path, config):
+    printed = launch("train.py", f"config/{config}.py", f"--data={shapes32}", f"--out={tmp_path / 'run'}",
+                     "--batch_size=4", "--micro_batch_size=4", "--max_steps=2", "--unmasked_steps=1",
+                     "--sample_every=0")
     size = re.search(r"([\d.]+) M parameters", printed).group(1)
     assert f"{size} M parameters" in (ROOT / "config" / f"{config}.py").read_text()
 
 
 # the paper's table: steps, mask ratio, learning rate, warmup, gradient clip, P_mean, P_std, EMA decay and start; GFLOPs
-PHASES = {
-    "xl2_256": (250_000, 0.75, 2.4e-4, 2500, 0.25, -0.6, 1.2, 0.0, 0, 94),
-    "xl2_256_unmasked": (30_000, 0.0, 8e-5, 0, 0.25, -0.6, 1.2, 0.0, 0, 238),
-    "xl2_512": (50_000, 0.75, 8e-5, 500, 0.5, 0.0, 0.6, 0.99975, 25_000, 356),
-    "xl2_512_unmasked": (5000, 0.0, 8e-5, 0, 0.5, 0.0, 0.6, 0.9975, 1000, 1001),
-}
-NAMES = (
-    "max_steps",
-    "mask_ratio",
-    "learning_rate",
-    "warmup_steps",
-    "grad_clip",
-    "p_mean",
-    "p_std",
-    "ema_decay",
-    "ema_start",
-)
+PHASES = {"xl2_256": (250_000, 0.75, 2.4e-4, 2500, 0.25, -0.6, 1.2, 0.0, 0, 94),
+          "xl2_256_unmasked": (30_000, 0.0, 8e-5, 0, 0.25, -0.6, 1.2, 0.0, 0, 238),
+          "xl2_512": (50_000, 0.75, 8e-5, 500, 0.5, 0.0, 0.6, 0.99975, 25_000, 356),
+          "xl2_512_unmasked": (5000, 0.0, 8e-5, 0, 0.5, 0.0, 0.6, 0.9975, 1000, 1001)}
+NAMES = ("max_steps", "mask_ratio", "learning_rate", "warmup_steps", "grad_clip", "p_mean", "p_std", "ema_decay",
+         "ema_start")
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize("config", PHASES)
 def test_phases_of_the_paper(config):
     s, *expected = settings_of(config), *PHASES[config]
     assert [s[name] for name in NAMES] == expected[:-1]
-    assert (s["batch_size"], s["weight_decay"], s["beta1"], s["beta2"], s["unmasked_steps"]) == (
-        2048,
-        0.1,
-        0.9,
-        0.999,
-        0,
-    )
+    common = {"batch_size": 2048, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.999, "unmasked_steps": 0}
+    assert {n: s[n] for n in common} == common
     assert s["schedule"] == ("cosine" if config == "xl2_256" else "constant") and s["min_learning_rate"] == 0.33
     net = network(s)
     assert (net.latent_size, net.pos_scale) == ((32, 1.0) if "256" in config else (64, 2.0))
@@ -81,17 +55,11 @@ def test_phases_of_the_paper(config):
     assert forward_flops(net, s["mask_ratio"]) / 1e9 == pytest.approx(expected[-1], abs=1)
     for gpus in (1, 2, 4, 8, 16, 32):  # the same global batch
         assert s["batch_size"] % (s["micro_batch_size"] * gpus) == 0
-    before = {
-        "xl2_256": "",
-        "xl2_256_unmasked": "xl2_256",
-        "xl2_512": "xl2_256_unmasked",
-        "xl2_512_unmasked": "xl2_512",
-    }
-    assert s["init_from"] == (f"runs/{before[config]}" if before[config] else "")
+    before = dict(zip(PHASES, ["", *(f"runs/{phase}" for phase in PHASES)]))
+    assert s["init_from"] == before[config]
     assert s["init_optimizer"] == ("unmasked" in config)
-    assert ("data/diffusiondb" in s["data"]) == ("256" in config) and ("data/cc12m@512" in s["data"]) == (
-        "512" in config
-    )
+    assert ("data/diffusiondb" in s["data"]) == ("256" in config)
+    assert ("data/cc12m@512" in s["data"]) == ("512" in config)
 
 
 @pytest.mark.parametrize("config", PHASES)
@@ -108,6 +76,7 @@ def test_shapes_on_the_meta_device(config):
     assert loss.shape == (2,) and all(p.grad.shape == p.shape for p in net.parameters())
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_header_names_its_size_and_command(config):
     text = (ROOT / "config" / f"{config}.py").read_text()
@@ -115,16 +84,12 @@ def test_every_header_names_its_size_and_command(config):
     assert f"train.py config/{config}.py" in text
 
 
-def test_quick_start_is_two_blocks_of_one_line():
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
-    bash = [text.strip() for kind, text in blocks if kind == "bash"]
-    assert len(bash) == 2 and not any("\n" in text for text in bash)
-    assert [kind for kind, _ in blocks[:2]] == ["bash", "bash"]
+def test_every_phase_has_a_data_order_of_its_own():
+    assert len({settings_of(config)["seed"] for config in PHASES}) == len(PHASES)
+
+
+def test_the_quick_start_and_ci():
+    first, second = re.findall(r"^```bash\n(.*)\n```$", (ROOT / "README.md").read_text(), re.M)
     for words in ("venv", "pip install -r requirements.txt", "prepare_latents.py", "config/tiny.py", "sample.py"):
-        assert words in bash[0]
-    assert "requirements-dev.txt" in bash[1] and "pytest" in bash[1]
-
-
-def test_every_picture_of_the_readme_is_there():
-    for name in re.findall(r"!\[.*?\]\((.*?)\)", (ROOT / "README.md").read_text()):
-        assert (ROOT / name).is_file(), name
+        assert words in first
+    assert second in (ROOT / ".ci/run").read_text() and "requirements-dev.txt" in second and "pytest" in second

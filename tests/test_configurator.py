@@ -2,10 +2,13 @@
 
 import subprocess
 import sys
-from pathlib import Path
+from dataclasses import fields
 
 import pytest
 from conftest import ROOT
+
+from configurator import read_defaults, script_settings
+from model import MicroDiTConfig
 
 SCRIPT = '''"""A script.
 
@@ -32,23 +35,19 @@ print(dict(steps=steps, rate=rate, name=name, fast=fast, sides=sides, words=word
 def run(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     (tmp_path / "config").mkdir()
+    (tmp_path / "torch").mkdir()  # found, and never imported
 
     def run(*args, config=None, fails=False):
         if config is not None:
             (tmp_path / "config/a.py").write_text(config)
             args = ("config/a.py", *args)
-        p = subprocess.run(
-            [sys.executable, "script.py", *args],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            env={"PYTHONPATH": str(ROOT), "PATH": ""},
-        )
+        p = subprocess.run([sys.executable, "script.py", *args], cwd=tmp_path, capture_output=True, text=True,
+                           env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": ""})
         assert (p.returncode != 0) == fails, p.stderr
         assert "Traceback" not in p.stderr
         if fails:
             assert p.stdout == "" and len(p.stderr.strip().splitlines()) == 1
-            assert sorted(f.name for f in tmp_path.iterdir()) == ["config", "script.py"]
+            assert sorted(f.name for f in tmp_path.iterdir()) == ["config", "script.py", "torch"]
             return p.stderr
         return p.stdout if "--help" in args else eval(p.stdout)
 
@@ -64,51 +63,29 @@ def test_defaults_file_command_line(run):
     assert run("--steps=30", config="steps = 20\nrate = 2") == DEFAULTS | dict(steps=30, rate=2.0)
 
 
-@pytest.mark.parametrize(
-    "args, expected",
-    [
-        (["--steps", "3"], dict(steps=3)),
-        (["--rate=-1e-3"], dict(rate=-1e-3)),
-        (["--rate", "-0.6"], dict(rate=-0.6)),
-        (["--name", "a b"], dict(name="a b")),
-        (["--name="], dict(name="")),
-        (["--name=--x=1"], dict(name="--x=1")),
-        (["--fast"], dict(fast=True)),
-        (["--fast=False"], dict(fast=False)),
-        (["--fast", "1", "--steps", "2"], dict(fast=True, steps=2)),
-        (["--sides", "16", "32"], dict(sides=(16, 32))),
-        (["--sides=8"], dict(sides=(8,))),
-        (["--words", "a b", "c", "--steps=1"], dict(words=("a b", "c"), steps=1)),
-        (["--steps=1", "--steps=2"], dict(steps=2)),
-    ],
-)
+@pytest.mark.parametrize("args, expected", [
+    (["--steps", "3"], dict(steps=3)), (["--rate=-1e-3"], dict(rate=-1e-3)), (["--rate", "-0.6"], dict(rate=-0.6)),
+    (["--name", "a b"], dict(name="a b")), (["--name="], dict(name="")), (["--name=--x=1"], dict(name="--x=1")),
+    (["--fast"], dict(fast=True)), (["--fast=False"], dict(fast=False)),
+    (["--fast", "1", "--steps", "2"], dict(fast=True, steps=2)), (["--sides", "16", "32"], dict(sides=(16, 32))),
+    (["--sides=8"], dict(sides=(8,))), (["--words", "a b", "c", "--steps=1"], dict(words=("a b", "c"), steps=1)),
+    (["--steps=1", "--steps=2"], dict(steps=2))])
 def test_values(run, args, expected):
     assert run(*args) == DEFAULTS | expected
 
 
-@pytest.mark.parametrize(
-    "args, config, words",
-    [
-        (["--setps=3"], None, ["'setps'", "'steps'"]),
-        ([], "setps = 3", ["config/a.py", "'setps'", "'steps'"]),
-        (["--steps=3.5"], None, ["--steps", "3.5", "whole number"]),
-        ([], "steps = 'a'", ["config/a.py", "steps", "whole number"]),
-        ([], "steps = 1.0", ["steps", "1.0"]),
-        ([], "steps = True", ["steps", "True"]),
-        (["--rate", "x"], None, ["--rate", "number"]),
-        (["--fast=maybe"], None, ["--fast", "True or False"]),
-        (["--sides", "a"], None, ["--sides", "whole number"]),
-        ([], "sides = 3", ["sides", "list"]),
-        ([], "sides = (1, 'a')", ["sides", "'a'"]),
-        (["--name"], None, ["--name needs a value"]),
-        (["stray", "more"], None, ["more"]),
-        (["config/none.py"], None, ["config/none.py", "no config file"]),
-        ([], "steps = = 3", ["config/a.py", "line 1"]),
-        ([], "\nsteps = 1 / 0", ["config/a.py", "line 2", "ZeroDivisionError"]),
-        (["--later=4"], None, ["'later'"]),
-        (["--steps=1", "stray"], None, ["stray"]),
-    ],
-)
+@pytest.mark.parametrize("args, config, words", [
+    (["--setps=3"], None, ["'setps'", "'steps'"]), ([], "setps = 3", ["config/a.py", "'setps'", "'steps'"]),
+    (["--steps=3.5"], None, ["--steps", "3.5", "whole number"]),
+    ([], "steps = 'a'", ["config/a.py", "steps", "whole number"]), ([], "steps = 1.0", ["steps", "1.0"]),
+    ([], "steps = True", ["steps", "True"]), (["--rate", "x"], None, ["--rate", "number"]),
+    (["--fast=maybe"], None, ["--fast", "True or False"]), (["--sides", "a"], None, ["--sides", "whole number"]),
+    ([], "sides = 3", ["sides", "list"]), ([], "sides = (1, 'a')", ["sides", "'a'"]),
+    (["--name"], None, ["--name needs a value"]), (["stray", "more"], None, ["stray"]),
+    (["config/none.py"], None, ["config/none.py", "no config file"]),
+    ([], "steps = = 3", ["config/a.py", "line 1"]),
+    ([], "\nsteps = 1 / 0", ["config/a.py", "line 2", "ZeroDivisionError"]), (["--later=4"], None, ["'later'"]),
+    (["--steps=1", "stray"], None, ["stray"])])
 def test_mistakes_are_one_clear_line(run, args, config, words):
     message = run(*args, config=config, fails=True)
     assert all(word in message for word in words), message
@@ -125,37 +102,39 @@ def test_help_shows_every_setting_with_default_and_comment(run):
     assert "later" not in text
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py", "prepare_latents.py", "eval_shapes.py", "bench.py"])
+SCRIPTS = ("train.py", "sample.py", "prepare_latents.py", "eval_fid.py", "eval_geneval.py", "bench.py",
+           "studies/ablate.py", "training/export.py")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_answers_before_importing_torch(script, tmp_path):
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
-    for args, words in ((["--help"], "--device"), (["--devise=cpu"], "the nearest is 'device'")):
-        p = subprocess.run(
-            [sys.executable, script, *args],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            env={"PYTHONPATH": str(tmp_path), "PATH": ""},
-        )
-        assert words in p.stdout + p.stderr, p.stderr
-    uncommented = [
-        line
-        for line in subprocess.run(
-            [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True
-        ).stdout.splitlines()
-        if line.startswith("  --") and len(line.split("  ")) < 3
-    ]
-    assert not uncommented
+    module = script.replace("/", ".")[:-3] if "/" in script else ""
+    for args, words in ((["--help"], "Settings (--name=value"), (["--dvice=cpu"], "the nearest is '")):
+        p = subprocess.run([sys.executable, *(["-m", module] if module else [script]), *args], cwd=ROOT, text=True,
+                           capture_output=True, env={"PYTHONPATH": str(tmp_path), "PATH": ""})
+        assert words in p.stdout + p.stderr and "Traceback" not in p.stderr, p.stderr
+    found = read_defaults(ROOT / script)
+    assert found and all(comment for _, comment in found.values()), [n for n, (_, c) in found.items() if not c]
 
 
-def test_train_has_every_field_of_the_network_as_a_setting():
-    from dataclasses import fields
+def test_without_torch_one_line_says_what_to_do(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util as u\nreal = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'torch' else real(name, *rest)")
+    p = subprocess.run([sys.executable, "train.py", "config/tiny.py"], cwd=ROOT, text=True, capture_output=True,
+                       env={"PYTHONPATH": str(tmp_path), "PATH": ""})
+    assert "has no torch" in p.stderr and ".venv/bin/activate" in p.stderr and len(p.stderr.strip().splitlines()) == 1
 
-    import train
-    from configurator import setting_names
-    from model import MicroDiTConfig
 
-    names = {f.name for f in fields(MicroDiTConfig)} - {"latent_channels", "caption_dim"}
-    assert names <= set(setting_names(Path(ROOT / "train.py").read_text()))
-    for f in fields(MicroDiTConfig):
-        if f.name in names:
-            assert getattr(train, f.name) == f.default
+def test_a_prompt_without_its_setting_is_understood():
+    p = subprocess.run([sys.executable, "sample.py", "a red circle"], cwd=ROOT, text=True, capture_output=True)
+    assert p.returncode and 'Did you mean --prompt "a red circle"?' in p.stderr
+
+
+def test_the_networks_fields_are_settings_of_train():
+    settings, names = script_settings("train.py"), {f.name: f.default for f in fields(MicroDiTConfig)}
+    assert not settings.keys() & {"latent_channels", "caption_dim"}
+    assert {n: d for n, d in names.items() if n in settings} == {
+        n: d for n, d in names.items() if n not in ("latent_channels", "caption_dim")}
+    assert script_settings("train.py", "config/tiny.py")["dim"] == 128

@@ -13,11 +13,10 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, launch
+from conftest import ROOT, SMALL, launch
 from make_inception_values import random_state
 from PIL import Image
 from test_text import write_clip_model
-from test_train import SMALL
 from transformers import CLIPModel, CLIPProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 

@@ -10,18 +10,8 @@ from hypothesis import strategies as st
 import model
 from model import MicroDiT, MicroDiTConfig
 
-SMALL = dict(
-    latent_size=8,
-    latent_channels=3,
-    dim=32,
-    depth=4,
-    head_dim=8,
-    mlp_multiple=8,
-    caption_dim=12,
-    mixer_depth=2,
-    mixer_dim=16,
-    num_experts=4,
-)
+SMALL = dict(latent_size=8, latent_channels=3, dim=32, depth=4, head_dim=8, mlp_multiple=8, caption_dim=12,
+             mixer_depth=2, mixer_dim=16, num_experts=4)
 
 
 def network(**changes):
@@ -216,17 +206,9 @@ def test_which_blocks_are_sparse():
     assert not any(isinstance(m, model.ExpertChoiceMLP) for m in dense.modules())
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        dict(num_experts=0),
-        dict(mixer_depth=0),
-        dict(mixer_dim=32),
-        dict(patch_size=4, num_experts=1),
-        dict(router_unmodulated=True),
-        dict(attn_ratio=(1, 1), mlp_ratio=(4, 4)),
-    ],
-)
+@pytest.mark.parametrize("changes", [
+    dict(num_experts=0), dict(mixer_depth=0), dict(mixer_dim=32), dict(patch_size=4, num_experts=1),
+    dict(router_unmodulated=True), dict(attn_ratio=(1, 1), mlp_ratio=(4, 4))])
 def test_variants_train_by_config_alone(changes):
     torch.manual_seed(0)
     net = MicroDiT(MicroDiTConfig(**SMALL | changes))
@@ -243,10 +225,8 @@ def test_variants_train_by_config_alone(changes):
     assert losses[-1] < 0.7 * losses[0]
 
 
-@pytest.mark.parametrize(
-    "changes, words",
-    [(dict(latent_size=9), "patch_size"), (dict(dim=36), "head_dim"), (dict(mixer_dim=20), "mixer_dim")],
-)
+@pytest.mark.parametrize("changes, words", [
+    (dict(latent_size=9), "patch_size"), (dict(dim=36), "head_dim"), (dict(mixer_dim=20), "mixer_dim")])
 def test_impossible_configs_are_errors(changes, words):
     with pytest.raises(ValueError, match=words):
         MicroDiTConfig(**SMALL | changes)
@@ -325,12 +305,8 @@ def test_samplers_converge_with_second_order(sampler, guidance):
 
 def test_guidance_runs_both_branches_in_one_batch_and_guidance_1_runs_one():
     noise, caption = torch.zeros(3, 2, 4, 4), torch.zeros(3, 3, 5)
-    for guidance, sampler, batches in (
-        (1, "heun", [3] * 11),
-        (2, "heun", [6] * 11),
-        (1, "dpmpp_2m", [3] * 6),
-        (2, "dpmpp_2m", [6] * 6),
-    ):
+    for guidance, sampler, batches in ((1, "heun", [3] * 11), (2, "heun", [6] * 11), (1, "dpmpp_2m", [3] * 6),
+                                       (2, "dpmpp_2m", [6] * 6)):
         net = GaussianData()
         model.sample(net, noise, caption, 6, guidance, sampler)
         assert net.batches == batches

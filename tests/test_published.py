@@ -80,12 +80,8 @@ def test_files_that_are_not_released_checkpoints(models, tmp_path):
     torch.save({"other.weight": torch.zeros(2)}, tmp_path / "other.pt")
     state = torch.load(models / "dit.pt", weights_only=True)
     torch.save({n: t for n, t in state.items() if n != "final_layer.linear.bias"}, tmp_path / "less.pt")
-    for name, words in (
-        ("cut", "not a whole checkpoint"),
-        ("unsafe", r"Foreign.*take the weights out"),
-        ("other", "no x_embedder"),
-        ("less", "missing final_layer.linear.bias"),
-    ):
+    for name, words in (("cut", "not a whole checkpoint"), ("unsafe", r"Foreign.*take the weights out"),
+                        ("other", "no x_embedder"), ("less", "missing final_layer.linear.bias")):
         with pytest.raises(ValueError, match=words):
             checkpoint.load_network(checkpoint.find(tmp_path / f"{name}.pt"))
     with pytest.raises(ValueError, match="could it be fetched from the hub"):

@@ -18,25 +18,15 @@ MANIFESTS = json.loads((DATA / "state_dict_shapes.json").read_text())
 def reference():
     with safe_open(DATA / "narrow_mixer.safetensors", "pt") as f:
         tensors, given = {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["config"])
-    config = MicroDiTConfig(
-        latent_size=given["input_size"],
-        latent_channels=given["in_channels"],
-        patch_size=given["patch_size"],
-        dim=given["dim"],
-        depth=given["depth"],
-        head_dim=given["head_dim"],
-        mlp_multiple=given["multiple_of"],
-        caption_dim=given["caption_channels"],
-        pos_scale=given["pos_interp_scale"],
-        attn_ratio=(given["qkv_multipliers"][0], given["qkv_multipliers"][-1]),
-        mlp_ratio=(given["ffn_multipliers"][0], given["ffn_multipliers"][-1]),
-        mixer_depth=given["patch_mixer_depth"],
-        mixer_dim=given["patch_mixer_dim"],
-        mixer_mlp_ratio=given["patch_mixer_mlp_ratio"],
-        num_experts=given["num_experts"],
-        expert_capacity=given["expert_capacity"],
-        moe_every=given["experts_every_n"],
-    )
+    config = MicroDiTConfig(latent_size=given["input_size"], latent_channels=given["in_channels"],
+                            patch_size=given["patch_size"], dim=given["dim"], depth=given["depth"],
+                            head_dim=given["head_dim"], mlp_multiple=given["multiple_of"],
+                            caption_dim=given["caption_channels"], pos_scale=given["pos_interp_scale"],
+                            attn_ratio=(given["qkv_multipliers"][0], given["qkv_multipliers"][-1]),
+                            mlp_ratio=(given["ffn_multipliers"][0], given["ffn_multipliers"][-1]),
+                            mixer_depth=given["patch_mixer_depth"], mixer_dim=given["patch_mixer_dim"],
+                            mixer_mlp_ratio=given["patch_mixer_mlp_ratio"], num_experts=given["num_experts"],
+                            expert_capacity=given["expert_capacity"], moe_every=given["experts_every_n"])
     state = {k[len("state.") :]: t for k, t in tensors.items() if k.startswith("state.")}
     tensors["in.caption"] = tensors["in.caption"].squeeze(1)
     return MicroDiT.from_official(state, config).eval(), tensors, state

@@ -1,17 +1,19 @@
-"""sample.py and eval_shapes.py on a small trained checkpoint."""
+"""sample.py on a small trained checkpoint."""
 
 import json
+import os
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import launch
+from conftest import SMALL, launch
 from PIL import Image
-from test_train import SMALL
 
 import sample
 from common import machine
+from sampling import pipeline
+from training import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -19,25 +21,13 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     launch("prepare_latents.py", "--out", folder / "data", "--limit=60", "--resolutions=16")
     for seed in (1, 2):
-        launch(
-            "train.py",
-            *SMALL,
-            f"--data={folder / 'data'}",
-            f"--out={folder / f'run{seed}'}",
-            "--max_steps=6",
-            f"--seed={seed}",
-            "--ema_decay=0.99",
-            "--learning_rate=1e-2",
-            "--sample_guidance=2",
-        )
+        launch("train.py", *SMALL, f"--data={folder / 'data'}", f"--out={folder / f'run{seed}'}", "--max_steps=6",
+               f"--seed={seed}", "--ema_decay=0.99", "--learning_rate=1e-2", "--sample_guidance=2")
     return folder
 
 
-PROMPTS = [
-    "a small red circle on a white background",
-    "a large blue ring on a black background",
-    "a small cyan cross on a gray background",
-]
+PROMPTS = ["a small red circle on a white background", "a large blue ring on a black background",
+           "a small cyan cross on a gray background"]
 
 
 def test_pictures_grid_and_text_chunks(script, runs, tmp_path):
@@ -48,11 +38,8 @@ def test_pictures_grid_and_text_chunks(script, runs, tmp_path):
     )
     assert "picture steps" in printed and "warning" not in printed
     pictures = sorted(out.glob("*.png"))
-    assert [p.name for p in pictures] == [
-        "00000_a-small-red-circle-on-a-white-background_seed5.png",
-        "00001_a-large-blue-ring-on-a-black-background_seed6.png",
-        "00002_grid.png",
-    ]
+    assert [p.name for p in pictures] == ["00000_a-small-red-circle-on-a-white-background_seed5.png",
+                                          "00001_a-large-blue-ring-on-a-black-background_seed6.png", "00002_grid.png"]
     image = Image.open(pictures[1])
     assert image.size == (16, 16) and image.text["prompt"] == PROMPTS[1] and image.text["seed"] == "6"
     used = json.loads(image.text["settings"])
@@ -71,18 +58,8 @@ def test_pictures_grid_and_text_chunks(script, runs, tmp_path):
 
 
 def test_several_checkpoints_share_seeds_and_make_rows(script, runs, tmp_path):
-    script(
-        "sample.py",
-        "--prompt",
-        *PROMPTS,
-        "--checkpoint",
-        runs / "run1",
-        runs / "run2",
-        runs / "run1",
-        "--steps=3",
-        "--out",
-        tmp_path,
-    )
+    script("sample.py", "--prompt", *PROMPTS, "--checkpoint", runs / "run1", runs / "run2", runs / "run1",
+           "--steps=3", "--out", tmp_path)
     images = [np.asarray(Image.open(p)) for p in sorted(tmp_path.glob("*seed*.png"))]
     assert len(images) == 9
     for a, b, c in zip(images[:3], images[3:6], images[6:]):
@@ -115,47 +92,33 @@ def test_averaged_weights_are_the_default(runs):
     assert any((a != b).any() for a, b in zip(averaged.net.parameters(), raw.net.parameters()))
 
 
-def test_newest_run_is_the_default(script, runs, tmp_path, monkeypatch):
-    from training import checkpoint
-
-    shutil.copytree(runs / "run1", tmp_path / "runs/old")
-    new = shutil.copytree(runs / "run2", tmp_path / "runs/new")
-    for path in new.glob("*.safetensors"):
+def test_the_newest_run_that_is_no_trial_is_the_default(runs, tmp_path):
+    for name, step in (("old", 200), ("new", 100), ("trial", 1)):
+        path = checkpoint.step_path(tmp_path / name, step)
+        path.parent.mkdir()
         path.touch()
-    monkeypatch.chdir(tmp_path)
-    assert checkpoint.find("").parent.name == "new"
+        os.utime(path, (step, {"old": 1, "new": 2, "trial": 3}[name]))
+    assert checkpoint.newest(tmp_path).parent.name == "new"
+    shutil.rmtree(tmp_path / "new")
+    shutil.rmtree(tmp_path / "old")
+    assert checkpoint.newest(tmp_path).parent.name == "trial"
 
 
 def test_unknown_words_are_named_with_the_known_ones(script, runs, tmp_path):
-    printed = script(
-        "sample.py",
-        "--prompt",
-        "a small red elephant on a moon",
-        "--checkpoint",
-        runs / "run1",
-        "--steps=1",
-        "--out",
-        tmp_path,
-    )
+    printed = script("sample.py", "--prompt", "a small red elephant on a moon", "--checkpoint", runs / "run1",
+                     "--steps=1", "--out", tmp_path)
     assert "never shown the words elephant, moon" in printed and "circle" in printed
 
 
-@pytest.mark.parametrize(
-    "args, words",
-    [
-        ([], "no prompt"),
-        (["--prompt", "a", " "], "prompt 2 is empty"),
-        (["--prompt="], "no prompt"),
-        (["--prompts_file=none.txt"], "none.txt"),
-        (["--prompt=a", "--sampler=euler"], "unknown sampler 'euler'"),
-        (["--prompt=a", "--steps=0"], "steps is 0"),
-        (["--prompt", "a", "b", "c", "--negative_prompt", "d", "e"], "2 negative prompts for 3 prompts"),
-        (["--prompt=a", "--sigma_max=-1"], "sigma_max"),
-        (["--prompt=a", "--checkpoint=nothing"], "no checkpoint nothing"),
-        (["--prompt=a", "--vae=other"], "unknown autoencoder"),
-        (["--prompt=a", "--checkpoint=README.md"], "not a whole checkpoint"),
-    ],
-)
+@pytest.mark.parametrize("args, words", [
+    ([], "no prompt"), (["--prompt", "a", " "], "prompt 2 is empty"), (["--prompt="], "no prompt"),
+    (["--prompts_file=none.txt"], "none.txt"), (["--prompt=a", "--sampler=euler"], "there are heun"),
+    (["--prompt=a", "--steps=0"], "steps is 0"),
+    (["--prompt", "a", "b", "c", "--negative_prompt", "d", "e"], "2 negative prompts for 3 prompts"),
+    (["--prompt=a", "--sigma_max=-1"], "sigma_max"),
+    (["--prompt=a", "--checkpoint=nothing"], "no checkpoint nothing"),
+    (["--prompt=a", "--vae=other"], "unknown autoencoder"),
+    (["--prompt=a", "--checkpoint=README.md"], "not a whole checkpoint")])
 def test_mistakes(script, runs, tmp_path, args, words):
     where = [] if any("--checkpoint" in a for a in args) else ["--checkpoint", runs / "run1"]
     assert words in script("sample.py", *args, *where, "--out", tmp_path / "out", fails=True)
@@ -168,16 +131,51 @@ def test_a_truncated_checkpoint_is_named(script, runs, tmp_path):
     assert f"{path} is not a whole checkpoint" in script("sample.py", "--prompt=a", "--checkpoint", path, fails=True)
 
 
-def test_scores_of_the_drawn_set(script, runs, tmp_path):
-    printed = script(
-        "eval_shapes.py", "--checkpoint", runs / "run1", "--count=6", "--steps=2", "--out", tmp_path / "scores.json"
-    )
-    report = json.loads((tmp_path / "scores.json").read_text())["scores"]
-    assert set(report) == {"pairs seen in training", "unseen pairs"}
-    for scores in report.values():
-        assert scores["network"].keys() == scores["drawn pictures"].keys()
-        assert scores["network"]["background"][1] == 6
-    assert "background" in printed and (tmp_path / "scores.png").exists() and (tmp_path / "scores.unseen.png").exists()
+def test_grids_strips_and_which_run(script, runs, tmp_path, monkeypatch):
+    """The first of two batches is there although the second failed; at most 64 pictures a grid, with captions"""
+    printed = script("sample.py", "--prompt", PROMPTS[0], "--images_per_prompt=66", "--checkpoint", runs / "run1",
+                     "--steps=1", "--batch_size=33", "--out", tmp_path / "many")
+    assert "drawing 66 pictures of 16 px with run1/step_00000006" in printed
+    with Image.open(tmp_path / "many/00066_grid.png") as first, Image.open(tmp_path / "many/00067_grid.png") as second:
+        assert first.width == 8 * (128 + 4) + 4 and second.height < first.height / 4
+        pixels = np.asarray(second)
+    assert tuple(pixels[0, 0]) == (208, 208, 208) and (pixels[140:160, :132] < 100).any()  # grey around, black letters
+    printed = script("sample.py", "--prompt", PROMPTS[0], "--checkpoint", runs / "run1", "--steps=12",
+                     "--progress_strip", "--out", tmp_path / "strip")
+    with Image.open(tmp_path / "strip/00000_strip.png") as strip:
+        assert strip.width == 8 * (128 + 4) + 4 and "00000_strip.png" in printed
+        noisy, last = (np.asarray(strip.crop((4 + k * 132, 4, 132 + k * 132, 132))) for k in (0, 7))
+    with Image.open(next((tmp_path / "strip").glob("*seed2024.png"))) as image:
+        assert (last[::8, ::8] == np.asarray(image)).all() and (noisy != last).any()
+
+
+def test_pictures_are_written_batch_by_batch(runs, tmp_path, monkeypatch):
+    for name, value in {"prompt": tuple(PROMPTS), "checkpoint": (str(runs / "run1"),), "steps": 1, "batch_size": 1,
+                        "out": str(tmp_path), "device": "cpu"}.items():
+        monkeypatch.setattr(sample, name, value)
+    calls, real = [], pipeline.decode_images
+
+    def interrupted(vae, latents):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(vae, latents)
+
+    monkeypatch.setattr(pipeline, "decode_images", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sample.main()
+    assert [p.name[:5] for p in sorted(tmp_path.glob("*.png"))] == ["00000", "00001"]
+
+
+def test_bfloat16_computes_as_training_does(runs):
+    half = sample.load(runs / "run1", "cpu", dtype="bfloat16")
+    assert {p.dtype for p in half.net.parameters()} == {half.net.pos_embed.dtype} == {torch.float32}
+    x, caption = torch.randn(2, 12, 8, 8, generator=torch.Generator().manual_seed(0)), half.text_encoder(PROMPTS[:2])
+    with half.autocast():
+        ours = half.net(x, torch.zeros(2), caption)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ours, half.net(x, torch.zeros(2), caption))
+    assert not torch.equal(ours, half.net(x, torch.zeros(2), caption))
 
 
 def test_every_process_has_a_gpu_of_its_own(monkeypatch):

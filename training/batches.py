@@ -21,17 +21,19 @@ def generator(*key):
 class Batches:
     """Micro-batch m of step s, from a seeded permutation of the rows for every epoch.
 
-    rows: the data set's rows to train on (dataset.Rows), micros: micro-batches of a step, of `size` pictures each.
+    rows: the data set's rows to train on (dataset.Rows). micros: micro-batches of a step, of `size` pictures each.
+    threads: that read ahead, for a GPU; a CPU has no use for them, as their own OpenMP threads would take turns with
+    the step's.
     """
 
-    def __init__(self, dataset, rows, size, micros, tokens, seed, p_mean, p_std, caption_dropout, threads=0,
-                 pin=False):
+    def __init__(self, dataset, rows, size, micros, *, tokens, seed, p_mean, p_std, caption_dropout, threads=0):
         self.dataset, self.rows, self.size, self.micros, self.tokens = dataset, rows, size, micros, tokens
         self.seed, self.p_mean, self.p_std, self.caption_dropout = seed, p_mean, p_std, caption_dropout
-        self.epoch, self.order, self.pin = None, None, pin
+        self.epoch, self.order = None, None
         self.pool = ThreadPoolExecutor(threads) if threads else None
 
     def row_ids(self, step, micro):
+        """The rows (size,) of a micro-batch"""
         n = len(self.rows)
         positions = (step * self.micros + micro) * self.size + np.arange(self.size)
         ids = np.empty(self.size, np.int64)
@@ -48,16 +50,21 @@ class Batches:
         (B,)}, latents and captions as they lie on disk
         """
         g = generator(self.seed, 2, step, micro)
-        found = self.dataset.read(self.row_ids(step, micro), self.pool)
-        found["sigma"] = (self.p_mean + self.p_std * torch.randn(self.size, generator=g)).exp()
-        found["noise"] = torch.randn(found["latents"].shape, generator=g)
-        found["uniforms"] = torch.rand(self.size, self.tokens, generator=g)
-        found["kept_captions"] = torch.rand(self.size, generator=g) >= self.caption_dropout
-        return {name: t.pin_memory() for name, t in found.items()} if self.pin else found
+        batch = self.dataset.read(self.row_ids(step, micro), self.pool)
+        batch["sigma"] = (self.p_mean + self.p_std * torch.randn(self.size, generator=g)).exp()
+        batch["noise"] = torch.randn(batch["latents"].shape, generator=g)
+        batch["uniforms"] = torch.rand(self.size, self.tokens, generator=g)
+        batch["kept_captions"] = torch.rand(self.size, generator=g) >= self.caption_dropout
+        return {name: t.pin_memory() for name, t in batch.items()} if self.pool else batch
+
+    def stream(self, keys, device):
+        """Yield what to_device makes of micro-batch m of step s for each (s, m) of the keys."""
+        batches = prefetched(self, keys) if self.pool else (self(*key) for key in keys)
+        return (to_device(batch, device) for batch in batches)
 
 
 def to_device(batch, device):
-    """The batch there: latents, captions (dropped ones zero), sigma, noise, uniforms, all float32"""
+    """The batch on the device: latents, captions (dropped ones zero), sigma, noise, uniforms, all float32"""
     batch = {name: t.to(device, non_blocking=True) for name, t in batch.items()}
     captions = decoded_captions(batch).float() * batch["kept_captions"].view(-1, 1, 1)
     return batch["latents"].float(), captions, batch["sigma"], batch["noise"], batch["uniforms"]

@@ -10,10 +10,8 @@ The prepared folder: dataset.json describes it, each shard is a few files with o
 While it is being prepared, 00000.done.json stands for a finished shard and 00000.skipped.jsonl for its part of
 skipped.jsonl; both go when dataset.json says "complete".
 """
-import functools
 import json
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +20,6 @@ import torch
 from common.files import write_array, write_lines
 
 FORMAT = "nanomicrodit-dataset-1"
-OPEN_FILES = 512  # at a time, of the many thousand that shards may be; about half of what systems allow a process
 BLOCK = 32  # neighbouring numbers of an int8 caption embedding that share a scale
 
 
@@ -60,8 +57,10 @@ def read_info(folder):
     """dataset.json as a dict; ValueError if the folder is not a finished data set."""
     path = Path(folder) / "dataset.json"
     if not path.is_file():
-        raise ValueError(f"no prepared data in {folder} (no dataset.json there): make it with "
-                         f"`python prepare_latents.py --out {folder}`")
+        how = ("`python prepare_latents.py` makes it" if Path(folder) == Path("data/shapes") else
+               f"`python prepare_latents.py --source PICTURES --out {folder}` makes it of your pictures, "
+               "docs/datasets.md has the commands for the published data sets")
+        raise ValueError(f"no prepared data in {folder} (no dataset.json there): {how}")
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -80,31 +79,31 @@ def check_same_encoders(info, folder, other, other_name):
 
 
 class Array:
-    """Rows of one .npy file, read with pread: from a disk, random rows come five times as fast as by a memory map"""
+    """Rows of one .npy file. Read one by one, random rows come five times as fast from a disk as by a memory map.
+
+    The file is opened anew for each row: nothing is kept open, however many shards there are, and on a local disk that
+    costs nothing to speak of. On a network disk every opening is a message, so larger shards serve better there.
+    """
 
     def __init__(self, path, rows, shape, dtype):
         self.path, self.shape, self.dtype = path, shape, np.dtype(dtype)
         try:
-            found = np.load(path, mmap_mode="r", allow_pickle=False)
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"{path} is missing or cut short ({error}): prepare the folder again with "
                              "--overwrite") from None
-        if found.shape != (rows, *shape) or found.dtype != self.dtype:
-            raise ValueError(f"{path} holds {found.dtype} {found.shape}, dataset.json says {self.dtype} "
+        if array.shape != (rows, *shape) or array.dtype != self.dtype:
+            raise ValueError(f"{path} holds {array.dtype} {array.shape}, dataset.json says {self.dtype} "
                              f"{(rows, *shape)}: prepare the folder again with --overwrite")
-        self.offset, self.size = found.offset, math.prod(shape) * self.dtype.itemsize
+        self.offset, self.size = array.offset, math.prod(shape) * self.dtype.itemsize
 
     def read(self, row, out):
-        """Fill out, an array of this shape, with a row"""
-        file = opened(self.path)  # held, as another thread may push it out of the cache, which closes it
-        done = os.preadv(file.fileno(), [out.reshape(-1).view(np.uint8)], self.offset + int(row) * self.size)
+        """Fill out, an array of this shape, with a row."""
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self.offset + int(row) * self.size)
+            done = file.readinto(out.reshape(-1).view(np.uint8))
         if done != self.size:
             raise ValueError(f"{self.path} is cut short: row {row} gives {done} of {self.size} bytes")
-
-
-@functools.lru_cache(OPEN_FILES)
-def opened(path):
-    return open(path, "rb", buffering=0)
 
 
 class Rows:
@@ -152,9 +151,9 @@ class Dataset:
         vae, text = info["vae"], info["text_encoder"]
         sizes = {r // vae["downsample"]: r for r in info["resolutions"]}
         if latent_size not in sizes:
-            there = ", ".join(f"{s} ({r} px)" for s, r in sizes.items())
-            raise ValueError(f"{folder} has latents of size {there}, not {latent_size}: set latent_size, or prepare it "
-                             f"with --resolutions {latent_size * vae['downsample']}")
+            prepared = ", ".join(f"{s} ({r} px)" for s, r in sizes.items())
+            raise ValueError(f"{folder} has latents of size {prepared}, not {latent_size}: set latent_size, or prepare "
+                             f"it with --resolutions {latent_size * vae['downsample']}")
         dtype, tokens = np.dtype(info.get("caption_dtype", "float16")), (text["length"], text["dim"])
         blocks = (text["length"], text["dim"] // math.gcd(text["dim"], BLOCK))
         for shard in info["shards"]:
@@ -185,20 +184,20 @@ class Dataset:
         """[(shard, row in its files)] of these rows"""
         ids = np.asarray(ids)
         numbers = np.searchsorted(self.starts, ids, side="right") - 1
-        found = []
+        places = []
         for s, i in zip(numbers, ids - self.starts[numbers]):
             kept = self.shards[s][2]
-            found.append((self.shards[s], int(i) if kept is None else int(kept[i])))
-        return found
+            places.append((self.shards[s], int(i) if kept is None else int(kept[i])))
+        return places
 
     def read(self, ids, pool=None):
         """{"latents": (n,C,h,w), "captions": (n,L,D), maybe "scales"} of these rows as they lie on disk, as tensors"""
-        where = self._locate(ids)
-        arrays = {name: np.empty((len(ids), *a.shape), a.dtype) for name, a in where[0][0][1].items()}
+        places = self._locate(ids)
+        arrays = {name: np.empty((len(ids), *a.shape), a.dtype) for name, a in places[0][0][1].items()}
 
         def fill(part):
-            for i in range(part, len(where), PARTS):
-                (_, files, _), row = where[i]
+            for i in range(part, len(places), PARTS):
+                (_, files, _), row = places[i]
                 for name, out in arrays.items():
                     files[name].read(row, out[i])
         list((pool.map if pool else map)(fill, range(PARTS)))
@@ -206,8 +205,8 @@ class Dataset:
 
     def rows(self, ids):
         """latents (n,C,h,w) and captions (n,L,D) of these rows, float16 (captions stored as int8: float32)"""
-        found = self.read(ids)
-        return found["latents"].numpy(), decoded_captions(found).numpy()
+        batch = self.read(ids)
+        return batch["latents"].numpy(), decoded_captions(batch).numpy()
 
     def texts(self, ids):
         """The caption texts of these rows"""
@@ -226,9 +225,9 @@ class Dataset:
 PARTS = 4  # pieces of a batch that are read at the same time, where there are threads for it
 
 
-def decoded_captions(found):
+def decoded_captions(batch):
     """The captions (n,L,D) of what Dataset.read gave, on whatever device that is now"""
-    return dequantize(found["captions"], found["scales"]) if "scales" in found else found["captions"]
+    return dequantize(batch["captions"], batch["scales"]) if "scales" in batch else batch["captions"]
 
 
 def min_side(given):

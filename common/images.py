@@ -1,11 +1,17 @@
 """
-Pictures side by side, with their captions, as one picture to look at.
+Latents to pictures, and pictures side by side with their captions as one to look at.
 """
 import math
 
 from PIL import Image, ImageDraw, ImageFont
 
 GAP, BACKGROUND, MOST = 4, "#d0d0d0", 64  # pixels between pictures; a grey that no white picture vanishes in; per grid
+
+
+def decode_images(vae, latents):
+    """Latents (B,C,h,w) -> list of PIL images"""
+    pixels = (vae.decode(latents).float() / 2 + 0.5).clamp(0, 1) * 255
+    return [Image.fromarray(p) for p in pixels.round().byte().permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def enlarged(image, cell):

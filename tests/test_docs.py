@@ -1,0 +1,119 @@
+"""README.md and docs/: their size, their links, and their commands, which are run or at least still exist."""
+
+import re
+import shlex
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+from configurator import script_settings
+
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
+COMMANDS = {  # a part of each command of the pages: the test that runs it ("here": below), or why none does
+    "-r requirements.txt": "a download and ten minutes", "-r requirements-dev.txt": "a download, and the suite itself",
+    "--source photos/ --out data/photos ": "here", "--data data/photos ": "here", "--checkpoint runs/photos": "here",
+    "training.export": "here", "docs/cifar.py": "here", "--source data/cifar10-": "here", "--out runs/cifar": "here",
+    "curl": "a download", "pip install": "a download", "img2dataset": "a download", "geneval": "a download",
+    "data/photos512": "a download; tests/test_published.py has small models in its place",
+    "--checkpoint VSehwag24": "a download; tests/test_published.py has small files in its place",
+    "sed -i": "tests/test_datasets.py", "torchrun --nproc_per_node=8 prepare_latents.py": "tests/test_datasets.py",
+    "--captions coco": "tests/test_eval_fid.py", "phase": "days; tests/test_chain.py scales it down", "done": "of that",
+    "train.py config/xl2_": "days of eight GPUs; tests/test_chain.py scales it down",
+    "bench.py": "minutes; tests/test_bench.py scales it down",
+    "runs/gelu": "two minutes; tests/test_train.py trains less", "runs/relu2": "as runs/gelu",
+    "train.py config/small.py": "hours; tests/test_train.py trains less",
+    "--checkpoint runs/tiny": "needs that run; tests/test_eval_fid.py has smaller ones",
+    "studies.ablate": "up to an hour; its test scales it down",
+    "prepare_speed": "minutes of models of the published sizes", "tests/test_kills.py": "half an hour"}
+OTHERS = {"nproc_per_node", "nnodes", "rdzv-backend", "rdzv-endpoint", "max-restarts", "help"}  # torchrun's and ours
+
+
+def commands(text):
+    """Return the commands in the shell blocks of a page, each one line."""
+    lines = "".join(re.findall(r"^```(?:sh|bash)\n(.*?)^```$", text, re.M | re.S)).replace("\\\n", " ").splitlines()
+    return [re.sub(" +", " ", line.strip()) for line in lines if line.strip() and not line.startswith("#")]
+
+
+def invocations(text):
+    """Yield (script of ours, its arguments) of every command in a page's blocks and its `inline code`."""
+    prose = re.sub(r"\s+", " ", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S))
+    inline = [code for code in re.findall(r"`([^`]+)`", prose) if re.search(r"\.py |python -m ", code)]
+    for line in commands(text) + inline:
+        for words in map(shlex.split, re.split(r"&&|\|\||;", line)):
+            module = [words[i + 1].replace(".", "/") + ".py" for i, word in enumerate(words) if word == "-m"]
+            script = (module + [word for word in words if word.endswith(".py")] + [""])[0]
+            if script not in ("", "venv.py", "pytest.py"):
+                yield script, words
+
+
+def test_size():
+    lines = PAGES["README.md"].splitlines()
+    blocks = re.findall(r"^```bash\n(.*?)^```$", PAGES["README.md"], re.M | re.S)
+    assert len(lines) <= 160 and len(blocks) == 2 and all(len(block.splitlines()) == 1 for block in blocks)
+    assert not [line for line in lines if len(line) > 110 and line not in "".join(blocks)]
+    assert not [line for page in PAGES.values() for line in page.splitlines() if len(line) > 120 and line not in lines]
+    (edited,) = re.findall(r"^```diff\n-(.*)$", PAGES["README.md"], re.M)  # the example of a change
+    assert edited in (ROOT / "model.py").read_text(encoding="utf-8")
+
+
+def test_every_command_is_run_or_has_a_reason():
+    lines = [line for page in PAGES.values() for line in commands(page)]
+    assert not [line for line in lines if not any(part in line for part in COMMANDS)]
+    assert not [part for part in COMMANDS if not any(part in line for line in lines)]
+    assert all((ROOT / name).exists() for why in COMMANDS.values() for name in re.findall(r"tests/\w+\.py", why))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_scripts_settings_and_configs_exist(page):
+    for script, words in invocations(PAGES[page]):
+        assert not [word for word in words if re.fullmatch(r"config/\w+\.py", word) and not (ROOT / word).is_file()]
+        given = {word[2:].partition("=")[0] for word in words if word.startswith("--")} - OTHERS
+        literal = re.findall(r'"--(\w+)"', (ROOT / script).read_text(encoding="utf-8"))
+        assert given <= {*script_settings(script), *literal} if given else (ROOT / script).is_file(), (script, given)
+    known = {name for path in (*ROOT.glob("*.py"), *ROOT.glob("studies/*.py")) for name in script_settings(path)}
+    assert set(re.findall(r"`--([a-z][\w-]+)", PAGES[page])) <= known | OTHERS
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for path, anchor in re.findall(r"\]\((?!http)([^)#\s]*)#?([^)]*)\)", PAGES[page]):
+        target = (ROOT if page == "README.md" else ROOT / "docs") / (path or page)
+        headings = re.findall(r"^#+ (.*)$", PAGES.get(target.name, ""), re.M)
+        anchors = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+        assert target.exists() and anchor in ("", *anchors), (path, anchor)
+
+
+def test_photos_and_cifar(script, tmp_path):
+    """The commands marked "here", with their files in a folder of the test and fewer steps"""
+    for folder in ("photos", "data"):
+        (tmp_path / folder).mkdir()
+    for i in range(8):
+        Image.new("RGB", (40, 36), (30 * i, 90, 120)).save(tmp_path / f"photos/{i}.jpg")
+        (tmp_path / f"photos/{i}.txt").write_text("a photo of a cat")
+    records = np.random.default_rng(0).integers(0, 10, (9, 3073), dtype=np.uint8)
+    with tarfile.open(tmp_path / "data/cifar-10-binary.tar.gz", "w:gz") as tar:
+        for name in ("data_batch_1", "test_batch"):
+            records.tofile(tmp_path / name)
+            tar.add(tmp_path / name, f"cifar-10-batches-bin/{name}.bin")
+    fewer = {"train.py": ("--max_steps=2", "--unmasked_steps=1", "--batch_size=4", "--micro_batch_size=4",
+                          "--sample_every=0"), "sample.py": ("--steps=2", f"--out={tmp_path}/samples")}
+    for line in commands(PAGES["README.md"]) + commands(PAGES["measured.md"]):
+        if any(part in line for part, how in COMMANDS.items() if how == "here"):
+            line = line.replace("runs/tiny", "runs/photos").replace("-m training.export", "training/export.py")
+            _, *words = shlex.split(re.sub(r" (data/|runs/|photos/|tiny\.)", rf" {tmp_path}/\1", line))
+            script(*words, *fewer.get(words[0], ()), env={"PYTHONPATH": str(ROOT)})
+    with tarfile.open(tmp_path / "data/cifar10-val.tar") as tar:
+        assert tar.getnames()[:2] == ["00000.png", "00000.txt"] and len(tar.getnames()) == 18
+        pixels = np.asarray(Image.open(tar.extractfile("00003.png")))
+    assert np.array_equal(pixels[..., 1].ravel(), records[3, 1025:2049])
+    assert list((tmp_path / "samples").glob("*.png")) and (tmp_path / "tiny.safetensors").exists()
+
+
+def test_the_figure_is_what_its_script_draws(script, tmp_path):
+    script(shutil.copy(ROOT / "docs/masking_figure.py", tmp_path), cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
+    drawn, kept = (np.asarray(Image.open(f / "deferred_masking.png"), float) for f in (tmp_path, ROOT / "docs"))
+    assert drawn.shape == kept.shape and np.abs(drawn - kept).mean() < 1

@@ -1,0 +1,308 @@
+"""A step of train.py's loop: one graph, no wait for the device, nothing at all if a gradient is not finite."""
+
+import contextlib
+import math
+import os
+import stat
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import model
+import train
+from configurator import script_settings
+from training import checkpoint, state
+from training.batches import Batches, prefetched, to_device
+from training.dataset import Dataset, Rows
+from training.log import BINS, Losses, Meter, by_level, noise_bins
+from training.optimizer import Average, Muon, Optimizer
+from training.processes import Processes
+from training.report import MOST_SKIPPED, Report
+from training.state import State
+
+CPU = Processes(0, 1, torch.device("cpu"))
+TINY = model.MicroDiTConfig(latent_size=8, latent_channels=12, caption_dim=128, dim=32, depth=2, head_dim=8,
+                            mlp_multiple=8, mixer_depth=1, mixer_dim=16, num_experts=2)
+
+
+class Quiet:
+    """A report that says nothing"""
+
+    def __init__(self):
+        self.losses, self.meter = Losses(-0.6, 1.2, CPU), self
+
+    def restart(self, step):
+        pass
+
+    step = validate = draw = save = lambda self, *_: None
+
+
+class Ready:
+    """Batches that were made beforehand"""
+
+    def __init__(self, shapes16, count):
+        made = Batches(Dataset(shapes16, 8), Rows([range(100)]), 4, 1, tokens=TINY.tokens, seed=0, p_mean=-0.6,
+                       p_std=1.2, caption_dropout=0.1)
+        self.batches = [made(i, 0) for i in range(count)]
+
+    def stream(self, keys, device):
+        return (to_device(self.batches[step], device) for step, _ in keys)
+
+
+@pytest.fixture
+def run(monkeypatch, shapes16):
+    """run(to, state=None, net=None, optimizer="adamw") trains to a step, one micro-batch of four pictures a step"""
+    ready = Ready(shapes16, 20)
+
+    def run(to, old=None, net=None, optimizer="adamw", **settings):
+        values = {"batch_size": 4, "micro_batch_size": 4, "learning_rate": 1e-2, "max_steps": to, "log_every": 10 ** 6,
+                  "schedule": "constant", "warmup_steps": 0, "mask_ratio": 0.75, "unmasked_steps": 0,
+                  "dtype": "float32",
+                  "checkpoint_every": 0, "eval_every": 0, "sample_every": 0, "keep_checkpoints": 1, "ema_decay": 0.9}
+        for name, value in (values | {"optimizer": optimizer} | settings).items():
+            monkeypatch.setattr(train, name, value)
+        made = old or train.new_state(TINY, {}, CPU.device)
+        train.train(made, made.net if net is None else net, ready, Quiet(), CPU)
+        return made
+
+    run.batches = ready.batches
+    return run
+
+
+def everything(made):
+    tensors = [*made.net.parameters(), *made.average.net.parameters()]
+    return [t.clone() for t in tensors + [v for o, _ in made.optimizer.parts for s in o.state.values()
+                                          for v in s.values()]]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_without_finite_gradients_changes_nothing(run, optimizer):
+    made = run(3, optimizer=optimizer)
+    before = everything(made)
+    for i, value in enumerate((float("nan"), float("inf"))):
+        run.batches[3 + i]["latents"][1, 0, 0, 0] = value
+        run(4 + i, made, optimizer=optimizer)
+        assert int(made.optimizer.skipped) == int(made.optimizer.skipped_in_a_row) == i + 1
+    assert all(torch.equal(a, b) for a, b in zip(before, everything(made), strict=True))
+    run(6, made, optimizer=optimizer)
+    assert int(made.optimizer.skipped) == 2 and int(made.optimizer.skipped_in_a_row) == 0
+    assert not any(torch.equal(a, b) for a, b in zip(before, made.net.parameters()) if a.ndim > 1)
+
+
+def test_losses_that_are_not_finite_are_left_out():
+    losses = Losses(-0.6, 1.2, CPU)
+    losses.add(torch.tensor([0.1, 0.5, 2.0]), torch.tensor([1.0, math.nan, 3.0]))
+    mean, levels = losses.read()
+    assert mean == 2 and list(levels.values()) == [1, 3] and not losses.sums.any()
+
+
+def test_skipped_steps_are_shown_and_many_in_a_row_end_the_run(run, shapes16, tmp_path, capsys):
+    made = run(1)
+    (tmp_path / "step_00000001.safetensors").write_bytes(b"")
+    settings = script_settings("train.py") | {"out": str(tmp_path), "max_steps": 50, "price": 3.0, "sample_every": 0,
+                                              "batch_size": 4}
+    report = Report(made, settings, (Dataset(shapes16, 8), Rows([range(4)])), train.autocast, CPU)
+    report.meter.restart(1)
+    norm, bad = torch.tensor(1.0), torch.tensor(math.nan)
+    for _ in range(MOST_SKIPPED - 1):
+        made.optimizer.step(0.0, bad)
+    report.losses.add(torch.ones(4), torch.ones(4))
+    made.step = 10
+    report.step(made, 1e-2, norm, True)
+    line = capsys.readouterr().out
+    assert all(word in line for word in ("9 steps skipped", "MFU", "images/s", "$"))
+    made.optimizer.step(0.0, bad)
+    with pytest.raises(ValueError, match="last 10 steps .*step_00000001.safetensors"):
+        made.step = 11
+        report.step(made, 1e-2, norm, True)
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a number is fetched from a tensor, which on a GPU waits for the device"""
+
+    found = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.found += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("mask_ratio", [0.75, 0.0])
+def test_a_step_reads_nothing_from_the_device(run, mask_ratio, optimizer):
+    made = run(1, mask_ratio=mask_ratio, optimizer=optimizer)  # the optimizer makes its state
+    with Reads() as reads:
+        run(3, made, mask_ratio=mask_ratio, optimizer=optimizer)
+    assert reads.found == 0
+    with reads:  # the counter counts
+        made.optimizer.skipped.item()
+    assert reads.found == 1
+
+
+def test_one_graph_and_no_recompilation(run):
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    made = run(1)
+    net = torch.compile(made.net, backend=backend, fullgraph=True)
+    run(4, made, net)
+    assert len(graphs) == 1
+    run(8, made, net, mask_ratio=0.0)
+    assert len(graphs) == 2  # the unmasked part has shapes of its own
+    run(12, made, net, unmasked_steps=2)
+    assert len(graphs) == 2
+
+
+def test_activation_checkpointing_gives_the_same_gradients(run):
+    made = run(2)  # away from the zeros of the start
+    grads = []
+    for made.net.activation_checkpointing in (False, True):
+        saved = []
+        latents, captions, sigma, noise, uniforms = to_device(run.batches[7], CPU.device)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+            model.edm_loss(made.net, latents, captions, sigma, noise, model.kept_patches(uniforms, 0.75)).backward()
+        grads.append(([p.grad.clone() for p in made.net.parameters()], sum(saved)))
+        made.net.zero_grad()
+    for a, b in zip(grads[0][0], grads[1][0]):
+        torch.testing.assert_close(a, b)
+    assert grads[1][1] < 0.5 * grads[0][1]
+
+
+def test_muon_makes_its_state_once(monkeypatch):
+    p = torch.nn.Parameter(torch.ones(4, 4))
+    optimizer, made = Muon([p], 0.1), []
+    real = torch.zeros_like
+    monkeypatch.setattr(torch, "zeros_like", lambda t: made.append(t) or real(t))
+    for _ in range(3):
+        p.grad = torch.ones(4, 4)
+        optimizer.step()
+    assert len(made) == 1
+
+
+# --- schedules, batches, the meter -----------------------------------------------------------------------------------
+
+
+def test_learning_rate_schedules(monkeypatch):
+    def rates(**settings):
+        values = {"learning_rate": 1.0, "warmup_steps": 4, "max_steps": 20, "schedule": "cosine",
+                  "min_learning_rate": 0.1} | settings
+        for name, value in values.items():
+            monkeypatch.setattr(train, name, value)
+        return [train.learning_rate_at(s) for s in range(21)]
+
+    cosine, constant = rates(), rates(schedule="constant")
+    assert cosine[:4] == constant[:4] == [0.25, 0.5, 0.75, 1.0] and set(constant[4:]) == {1.0}
+    assert cosine[4] == 1 and cosine[12] == pytest.approx(0.55) and cosine[20] == pytest.approx(0.1)
+    assert all(a > b for a, b in zip(cosine[4:], cosine[5:]))
+
+
+def test_prefetched_batches_come_in_order_and_errors_come_through():
+    assert list(prefetched(lambda a, b: (a, b), ((i, 2 * i) for i in range(5)))) == [(i, 2 * i) for i in range(5)]
+    assert list(prefetched(lambda a: a, [])) == []
+    with pytest.raises(ZeroDivisionError):
+        list(prefetched(lambda a: 1 / a, [(1,), (0,), (2,)]))
+
+
+def test_noise_bins_are_equally_probable():
+    sigma = (0.3 + 0.8 * torch.randn(20_000, generator=torch.Generator().manual_seed(0))).exp()
+    counts = torch.bincount(noise_bins(sigma, 0.3, 0.8), minlength=BINS)
+    assert len(counts) == BINS and (counts / 20_000 - 0.2).abs().max() < 0.02
+    levels = by_level(torch.arange(5.0), torch.tensor([1.0, 1, 0, 1, 2]), 0.3, 0.8)
+    assert list(levels.values()) == [0, 1, 3, 2]
+    assert noise_bins(torch.tensor([float(s) for s in levels]), 0.3, 0.8).tolist() == [0, 1, 3, 4]
+
+
+def test_an_epoch_visits_every_row_once_whatever_the_micro_batch():
+    for micro in (3, 5):
+        made = Batches(None, Rows([range(5), range(10, 20)]), micro, 2, tokens=4, seed=0, p_mean=0, p_std=1,
+                       caption_dropout=0)
+        ids = [int(i) for step in range(10) for m in (0, 1) for i in made.row_ids(step, m)][:30]
+        assert sorted(ids[:15]) == sorted(ids[15:30]) == [*range(5), *range(10, 20)]
+        assert ids[:15] != ids[15:30]
+    assert ids == [int(i) for step in range(10) for m in (0, 1) for i in made.row_ids(step, m)][:30]
+
+
+def test_the_meter_counts_the_captions_that_there_are(monkeypatch):
+    run = {"batch_size": 4, "max_steps": 10, "unmasked_steps": 4, "mask_ratio": 0.75}
+    monkeypatch.setattr("training.log.matmul_rate", lambda *_: 1e9)
+    short, long = (Meter(TINY, run, length, False, CPU) for length in (16, 77))
+    assert long.cost(0, 10) > 1.2 * short.cost(0, 10)
+    assert short.cost(0, 10) == short.cost(0, 6) + short.cost(6, 10) and short.cost(6, 10) > short.cost(0, 4)
+    assert short.expected(0) == pytest.approx(short.cost(0, 10) / 0.4e9)
+    monkeypatch.setattr("training.log.forward_flops", lambda *_: None)
+    unknown = Meter(TINY, run, 16, False, CPU)
+    unknown.restart(0)
+    assert unknown.expected(0) is None and unknown.read(5)["mfu"] is None
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def saved(folder, step=1):
+    torch.manual_seed(0)
+    net = model.MicroDiT(TINY)
+    made = State(net, Optimizer(net, "adamw", 1e-3, betas=(0.9, 0.99), weight_decay=0.1), Average(0.0, 0),
+                 {"settings": {"max_steps": 5}, "data": {}, "config": {}}, step)
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    made.optimizer.step(1e-3, torch.tensor(1.0))
+    return made.save(folder, 2)
+
+
+def test_what_is_synced_is_what_counts(tmp_path, monkeypatch):
+    """The file whose bytes were synced is the one that is renamed, with the mode that the umask leaves"""
+    synced, real = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: (synced.append((os.fstat(number).st_ino, os.fstat(number).st_size)),
+                                                     real(number)))
+    old = os.umask(0o027)
+    try:
+        path = saved(tmp_path)
+    finally:
+        os.umask(old)
+    assert (path.stat().st_ino, path.stat().st_size) in synced
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640 and [p.name for p in tmp_path.iterdir()] == [path.name]
+    tensors = load_file(path)  # as the safetensors package reads it
+    assert tensors["model.final.linear.weight"].shape == (48, 32)
+    assert checkpoint.read(path)[0]["step"] == 1
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error")])
+def test_a_checkpoint_that_cannot_be_read_is_not_damaged(tmp_path, monkeypatch, error):
+    path = saved(tmp_path)
+
+    def fail(name, *args, **kwargs):
+        if str(name) == str(path):
+            raise error
+        return open(name, *args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "open", fail, raising=False)
+    with pytest.raises(type(error)):
+        state.find_resume(tmp_path, {"settings": {"max_steps": 5}, "data": {}})
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_four_hundred_shards_with_few_open_files(shapes16, tmp_path):
+    resource = pytest.importorskip("resource")
+    from training.dataset import write_shard
+    info = Dataset(shapes16, 8).info
+    latents, captions = Dataset(shapes16, 8).rows(range(100))
+    names = [f"{i:05d}" for i in range(100)]
+    for i, name in enumerate(names):
+        write_shard(tmp_path, name, {16: latents[i:i + 1]}, captions[i:i + 1], [{"caption": str(i)}])
+    from common.files import write_json
+    write_json(tmp_path / "dataset.json", info | {"rows": 100, "shards": [{"name": n, "rows": 1} for n in names]})
+    many = Dataset(tmp_path, 8)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, before[1]))
+    try:
+        with contextlib.suppress(AttributeError):
+            del os.preadv  # as on Windows
+        assert (many.rows(range(100))[0] == latents).all()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

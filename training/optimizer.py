@@ -1,0 +1,143 @@
+"""
+The optimizers' step and the average of the weights, which leave everything as it is where a gradient is not finite.
+
+The device decides that by itself: nobody waits for a number from it.
+
+Muon (Jordan et al. 2024): momentum whose update is made orthogonal, one matrix at a time, by a Newton-Schulz iteration.
+torch.optim.Muon does so one matrix after another, and refuses the experts' three-dimensional weights. Here all matrices
+of one shape go through the iteration as one batch: docs/log.md has the times.
+"""
+import copy
+
+import torch
+
+
+class Muon(torch.optim.Optimizer):
+    """params: weights of shape (..., rows, columns). Updates are scaled to suit AdamW's lr and weight_decay.
+
+    As with torch's fused AdamW, nothing changes in a step when the attribute found_inf is set to a tensor that is true.
+    """
+
+    def __init__(self, params, lr, weight_decay=0.0, momentum=0.95):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.found_inf = torch.zeros((), device=self.param_groups[0]["params"][0].device)
+
+    @torch.no_grad()
+    def step(self):
+        bad = self.found_inf > 0
+        for group in self.param_groups:
+            lr, by_shape = group["lr"], {}
+            kept = torch.where(bad, 1.0, 1 - lr * group["weight_decay"])
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape[-2:], []).append(p)
+            for (rows, columns), params in by_shape.items():
+                stacked = torch.cat([self.momentum(p, group["momentum"], bad).view(-1, rows, columns) for p in params])
+                updates = orthogonal(stacked)
+                scale = 0.2 * max(rows, columns) ** 0.5  # root mean square 0.2, about that of AdamW's updates
+                for p, update in zip(params, updates.split([p.numel() // (rows * columns) for p in params])):
+                    p.mul_(kept).sub_(update.view_as(p), alpha=lr * scale)
+
+    def momentum(self, p, decay, bad):
+        """Update the momentum and return Nesterov's; zeros if the gradient is not to be used."""
+        state = self.state[p]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        average = state["momentum_buffer"]
+        average.lerp_(torch.where(bad, 0.0, p.grad), torch.where(bad, 0.0, 1 - decay))
+        return torch.where(bad, 0.0, p.grad.lerp(average, decay))
+
+
+def orthogonal(matrices, steps=5):
+    """(n, rows, columns) -> about U V^T of each, where U S V^T is its singular value decomposition"""
+    x = matrices.bfloat16() if fast_bfloat16(matrices.device) else matrices  # which is enough for a direction
+    tall = x.shape[1] > x.shape[2]
+    if tall:
+        x = x.mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):  # the quintic whose coefficients lift small singular values fastest
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+def fast_bfloat16(device):
+    """Return whether bfloat16 is the faster one there: on a CPU without AVX-512 it takes 10 to 60 times as long."""
+    return device.type != "cpu" or "AVX512" in torch.backends.cpu.get_cpu_capability()
+
+
+class Optimizer:
+    """AdamW, or with kind "muon" Muon for the matrices of the blocks and AdamW for all else"""
+
+    def __init__(self, net, kind, lr, *, betas, weight_decay):
+        named = dict(net.named_parameters())
+        self.device = next(iter(named.values())).device
+        matrices = [n for n, p in named.items() if kind == "muon" and p.ndim >= 2 and "modulation" not in n
+                    and "router" not in n and n.startswith(("mixer.", "blocks.", "caption_block."))]
+        rest = [n for n in named if n not in matrices]
+        adamw = torch.optim.AdamW([named[n] for n in rest], lr, betas=betas, eps=1e-8, weight_decay=weight_decay,
+                                  fused=self.device.type != "mps")
+        self.parts = [(adamw, rest)]  # [(optimizer, names of its parameters)]
+        if matrices:
+            self.parts.append((Muon([named[n] for n in matrices], lr, weight_decay), matrices))
+        self.skipped, self.skipped_in_a_row = torch.zeros(2, dtype=torch.int64, device=self.device)
+
+    def step(self, lr, grad_norm, keep_gradients=False):
+        """Update the weights unless the gradient's norm is not finite, and return whether it is not, as a tensor.
+
+        keep_gradients: set them to zero instead of None. DDP's are views of its buckets, and would be made anew.
+        """
+        bad = ~grad_norm.isfinite()
+        self.skipped = self.skipped + bad
+        self.skipped_in_a_row = (self.skipped_in_a_row + bad) * bad
+        for optimizer, _ in self.parts:
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.found_inf = bad.float()
+            if self.device.type != "mps" or not bad.item():  # AdamW there does not know found_inf
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=not keep_gradients)
+        return bad
+
+    def tensors(self):
+        """Return {"exp_avg.NAME OF THE PARAMETER": tensor} of everything that it remembers."""
+        found = {}
+        for optimizer, names in self.parts:
+            state = optimizer.state_dict()["state"]
+            found |= {f"{key}.{n}": value for i, n in enumerate(names) for key, value in state[i].items()}
+        return found
+
+    def load(self, tensors):
+        """Take over what tensors() of an optimizer of the same kind returned."""
+        by_parameter = {}
+        for name, value in tensors.items():
+            key, _, parameter = name.partition(".")
+            by_parameter.setdefault(parameter, {})[key] = value
+        for optimizer, names in self.parts:
+            state = {i: by_parameter[n] for i, n in enumerate(names)}
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+class Average:
+    """Moving average of the weights: w_avg += (1 - decay) (w - w_avg). It begins at step `start` as a copy of them.
+
+    net is None until then, and always with decay 0.
+    """
+
+    def __init__(self, decay, start):
+        self.decay, self.start, self.net = decay, start, None
+
+    def update(self, net, step, bad):
+        """Take in the weights after a step, unless it was a bad one, which only the device knows."""
+        if not self.decay or step < self.start:
+            return
+        if self.net is None:
+            self.copy(net)
+            return
+        weights = [p.detach() for p in net.parameters()]
+        share = torch.where(bad, 0.0, 1 - self.decay)
+        torch._foreach_lerp_(list(self.net.parameters()), weights, [share] * len(weights))
+        for ours, theirs in zip(self.net.buffers(), net.buffers()):
+            ours.copy_(theirs)
+
+    def copy(self, net):
+        self.net = copy.deepcopy(net).requires_grad_(False)

@@ -1,0 +1,150 @@
+"""
+Everything that a run needs to go on: network, optimizer, average and step; how it is saved, found again and resumed.
+"""
+import json
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import model
+from common.files import remove_leftovers, write_json
+from training import checkpoint
+from training.dataset import check_same_encoders
+from training.optimizer import Average, Optimizer
+
+# what may change between a run and its continuation, as it does not touch the weights (data are compared by content)
+NOT_COMPARED = {"data", "val_data", "out", "overwrite", "max_steps", "device", "compile", "activation_checkpointing",
+                "loader_threads", "log_every", "eval_every", "sample_every", "sample_steps", "sample_guidance",
+                "checkpoint_every", "keep_checkpoints", "price", "wandb"}
+
+
+@dataclass
+class State:
+    net: model.MicroDiT
+    optimizer: Optimizer
+    average: Average
+    run: dict = field(default_factory=dict)  # what a checkpoint says of itself: config, settings, data, model_sha256
+    step: int = 0
+
+    @property
+    def averaged_net(self):
+        """The network with the averaged weights, or the network itself where there is no average"""
+        return self.average.net or self.net
+
+    def save(self, folder, keep):
+        """Write a checkpoint, delete all before it but the last ones, and return its path."""
+        tensors = {f"model.{n}": t for n, t in self.net.state_dict().items()}
+        if self.average.net:
+            tensors |= {f"ema.{n}": t for n, t in self.average.net.state_dict().items()}
+        tensors |= {f"optimizer.{n}": t for n, t in self.optimizer.tensors().items()}
+        path = checkpoint.step_path(folder, self.step)
+        checkpoint.save(path, tensors, self.run | {"step": self.step})
+        older = [p for p in checkpoint.steps_of(folder) if p.name <= path.name]
+        for old in older[:-keep]:
+            old.unlink()
+        return path
+
+    def load(self, path):
+        """Go on from a checkpoint of this run."""
+        run, tensors = checkpoint.read(path, ("model.", "ema.", "optimizer."))
+        checkpoint.warn_of_other_code(run, path)
+        self.step = run["step"]
+        self.net.load_state_dict(checkpoint.strip(tensors, "model."))
+        if ema := checkpoint.strip(tensors, "ema."):
+            self.average.copy(self.net)
+            self.average.net.load_state_dict(ema)
+        self.optimizer.load(checkpoint.strip(tensors, "optimizer."))
+
+    def start_from(self, name, with_optimizer):
+        """Take over the weights, and maybe the optimizer's state, of another run or checkpoint (--init_from)."""
+        path = find_start(name)
+        source, run = checkpoint.load_network(path, use_ema=False)
+        if Path(name).is_dir() and run["step"] < run["settings"]["max_steps"]:
+            raise ValueError(f"init_from: {name} has only reached step {run['step']:,} of "
+                             f"{run['settings']['max_steps']:,}: finish that run first, or give {path} itself")
+        if "released" not in run:  # those name no data set; that their tensors fit is enough
+            check_same_encoders(run["data"], path, self.run["data"], "the data")
+        try:
+            self.net.load_state_dict(source.state_dict())
+        except RuntimeError:
+            differ = differences(run["config"], as_json(self.run["config"]))
+            raise ValueError(f"the weights of {path} do not fit this network ({'; '.join(differ)})") from None
+        if with_optimizer:
+            kind = self.run["settings"]["optimizer"]
+            if "released" in run or run["settings"]["optimizer"] != kind:
+                raise ValueError(f"init_optimizer: {path} has no state of the optimizer {kind}: --init_optimizer false "
+                                 "takes its weights alone")
+            self.optimizer.load(checkpoint.strip(checkpoint.read(path, ("optimizer.",))[1], "optimizer."))
+
+
+def find_start(name):
+    """Return the checkpoint that --init_from means; ValueError says which phase has to run first."""
+    try:
+        return checkpoint.find(name)
+    except ValueError as error:
+        phase = f"config/{Path(name).name}.py"
+        first = f": run `train.py {phase}` first" if Path(phase).is_file() else ""
+        raise ValueError(f"init_from: {error}{first} (or --init_from= to start from scratch)") from None
+
+
+def as_json(value):
+    """Return the value as it comes back from JSON, with lists for tuples."""
+    return json.loads(json.dumps(value))
+
+
+def differences(old, new):
+    """Return what to say of each entry of `new` that is another one in `old`."""
+    return [f"{name}: {old.get(name)!r} there, {value!r} now" for name, value in new.items() if old.get(name) != value]
+
+
+def find_resume(folder, run):
+    """Return the last whole checkpoint of this very run, or None; ValueError says what differs in another run's.
+
+    A damaged checkpoint is set aside, and the one before it used.
+    """
+    damaged = []
+    for path in reversed(checkpoint.steps_of(folder)):
+        try:
+            old, _ = checkpoint.read(path, ("none",))
+        except checkpoint.Damaged:
+            damaged.append(path)
+            continue
+        check_same_run(folder, old, as_json(run))
+        for bad in damaged:
+            aside = bad.with_suffix(".damaged")
+            print(f"warning: {bad} is cut short or damaged, so {path} is used. It is now {aside}", file=sys.stderr)
+            bad.rename(aside)
+        return path
+    if damaged:
+        raise ValueError(f"none of the checkpoints in {folder} is whole ({', '.join(map(str, damaged))}): --overwrite "
+                         "starts again from step 0")
+    return None
+
+
+def check_same_run(folder, old, run):
+    """Raise a ValueError if the checkpoint's description `old` is not of the run that was asked for."""
+    compared = {name: v for name, v in run["settings"].items() if name not in NOT_COMPARED and name in old["settings"]}
+    differ = differences(old["settings"], compared) + differences(old["data"], run["data"])
+    before, now = old["settings"]["max_steps"], run["settings"]["max_steps"]
+    if before > now:
+        differ.append(f"max_steps: {before} there, {now} now (it may only grow)")
+    if differ:
+        raise ValueError(f"{folder} holds another run: {'; '.join(differ)}. Give another --out, or --overwrite to "
+                         "delete that run")
+
+
+def delete_run(folder):
+    """Delete what an earlier run left in a folder (--overwrite)."""
+    for old in checkpoint.steps_of(folder):
+        old.unlink()
+    shutil.rmtree(Path(folder) / "samples", ignore_errors=True)
+
+
+def describe_run(folder, run):
+    """Make the run's folder: run.json, and model.py as it is now beside it. Leftovers of a killed run go."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder, ".tmp*")  # which the safetensors package left in runs of earlier versions
+    write_json(folder / "run.json", run)
+    shutil.copyfile(model.__file__, folder / "model.py")
