@@ -131,7 +131,7 @@ def efficiency(network, mask, images_per_second, peak):
 def measure_here(device):
     """Time forward and backward of Tiny/2, in float32, against square matrix products."""
     torch.manual_seed(0)
-    net, batch = MicroDiT(TINY_2).to(device), flops.inputs(TINY_2, batch_size, mask_ratio, device)
+    net, batch = MicroDiT(TINY_2).to(device), flops.random_batch(TINY_2, batch_size, mask_ratio, device)
 
     def step():
         edm_loss(net, *batch).backward()
@@ -167,7 +167,7 @@ def measure_run(name, settings, network, device, peak):
 def make_step(settings, network, device, micro, micros):
     """Return (network, function that makes a step of training with it or its compiled form)."""
     torch.manual_seed(0)
-    net, batch = MicroDiT(network).to(device), flops.inputs(network, micro, settings["mask_ratio"], device)
+    net, batch = MicroDiT(network).to(device), flops.random_batch(network, micro, settings["mask_ratio"], device)
     optimizer = torch.optim.AdamW(net.parameters(), 1e-5, weight_decay=settings["weight_decay"], fused=True)
     average = copy.deepcopy(net).requires_grad_(False) if settings["ema_decay"] else None
 

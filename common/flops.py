@@ -21,7 +21,7 @@ def network_of(settings, info=None):
     return MicroDiTConfig(**known)
 
 
-def inputs(config, n, mask_ratio, device, caption_length=77):
+def random_batch(config, n, mask_ratio, device, caption_length=77):
     """Return random arguments of edm_loss, those after the network, for n pictures."""
     shape = (n, config.latent_channels, config.latent_size, config.latent_size)
     latents, noise = (torch.randn(shape, device=device) for _ in range(2))
@@ -48,7 +48,7 @@ def flops_by_module(fields, mask_ratio, caption_length=77):
         with torch.device("meta"):
             net = MicroDiT(config)
         with FlopCounterMode(display=False) as counter:
-            edm_loss(net, *inputs(config, 1, mask_ratio, "meta", caption_length))
+            edm_loss(net, *random_batch(config, 1, mask_ratio, "meta", caption_length))
     except RuntimeError as error:  # or its kind, NotImplementedError
         cause = f"{error}".partition("\n")[0][:100]
         warn_once(f"FLOPs and MFU are not known, as model.py depends on data ({type(error).__name__}: {cause} ...)")
@@ -95,7 +95,7 @@ def activation_bytes(config, mask_ratio):
             kept[id(storage)] = storage  # held, so that no other gets its id
         return tensor
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        edm_loss(net, *inputs(config, 1, mask_ratio, "meta"))
+        edm_loss(net, *random_batch(config, 1, mask_ratio, "meta"))
     return 2 * sum(tensor.numel() for tensor in kept.values())
 
 

@@ -92,10 +92,13 @@ def read_arm(name, words):
         arguments += [f"--{key}", *value.split(",")] if several else [f"--{key}{equals}{value}"]
     try:
         changes = parse_command_line(arguments, known)[1]
-        s, tail = defaults | changes, changes.get("tail", 0.0)
-        if s["eval_every"] < 1 or not 0 <= tail < 1:
-            raise ValueError(f"eval_every is {s['eval_every']} and tail {tail}: it must be above 0, and tail below 1")
-        step, unmasked = (training_flops(s, info, ratio) for ratio in (s["mask_ratio"], 0.0))
+        settings, tail = defaults | changes, changes.get("tail", 0.0)
+        for key, value in changes.items():
+            if isinstance(value, tuple) and len(value) != len(defaults[key]):
+                raise ValueError(f"{key} is {value}: it needs {len(defaults[key])} values, {key}=A,B")
+        if min(settings["eval_every"], settings["batch_size"]) < 1 or not 0 <= tail < 1:
+            raise ValueError("eval_every and batch_size must be above 0, and tail at least 0 and below 1")
+        step, unmasked = (training_flops(settings, info, ratio) for ratio in (settings["mask_ratio"], 0.0))
         total, each = int(budget * 1e12 / training_flops(defaults, info, 0.0)), ((1 - tail) / step, tail / unmasked)
         last = round(total * each[1] / sum(each))
         plan = {"flops": (int(budget * 1e12 * each[0]), round(budget * 1e12 * each[1])), "steps": (total - last, last)}
@@ -103,8 +106,8 @@ def read_arm(name, words):
             raise ValueError(f"a budget of {budget} TFLOP is less than a step for a part of it")
     except ValueError as error:
         raise ValueError(f"arm {name}: {error}") from None
-    return SimpleNamespace(name=name, changes=changes, settings=s, plan=plan, step_flops=step, unmasked_flops=unmasked,
-                           parameters=parameters(network_of(s, info))[0])
+    return SimpleNamespace(name=name, changes=changes, settings=settings, plan=plan, step_flops=step,
+                           unmasked_flops=unmasked, parameters=parameters(network_of(settings, info))[0])
 
 
 def training_flops(settings, info, mask_ratio):
