@@ -1,445 +1,213 @@
 """
-What training costs: arithmetic, the speed of a step and where it goes, and the whole recipe in hours and dollars.
+What training costs: arithmetic, the speed of a step, and the whole recipe in hours and dollars.
 
-    python bench.py                         # this machine: Tiny/2 against its own matmul rate and one-hot dispatch
+    python bench.py                         # this machine: a step of Tiny/2 against the machine's own matmul rate
     python bench.py config/xl2_256.py config/xl2_256_unmasked.py config/xl2_512.py config/xl2_512_unmasked.py
-    python bench.py --loader data/shapes    # how fast rows are read, against the disk and the page cache
+    python bench.py --loader data/shapes    # how fast random rows are read, from the page cache and from the disk
 
-With configs and a GPU: a step of each (its share of the global batch, in micro-batches, optimizer and all), compiled,
-eager, and eager with one-hot expert dispatch as in the released code, in one run; MFU against the datasheet's dense
-bf16 peak; memory; and the recipe from these. With configs and no GPU: the arithmetic, and this machine's own speed.
-FLOPs are three times the forward pass of the network as it runs, counted on the meta device.
+With configs and a GPU: a step of each (its share of the global batch, in micro-batches, optimizer and all), compiled
+and eager; MFU against the datasheet's dense bf16 peak; memory; and the recipe from these. With configs and no GPU: the
+arithmetic, and this machine's own speed. FLOPs are three times those of the forward pass, counted on the meta device.
 """
 import sys
 
-from configurator import configure
+from configurator import configure, script_settings
 
-configs = ()                # config files; may also be given without --configs
+configs = ()                # config files; they may also come first, without --configs
 batch_size = 4              # pictures per step of the small run without configs
 mask_ratio = 0.75           # of that run
-rounds = 5                  # every version is timed so often, in turn; the median counts
+rounds = 5                  # everything is timed so often; the median counts
 gpus = 8                    # for the recipe; every one has its share of the global batch
 price = 3.75                # dollars for an hour of one GPU
 assumed_mfu = 0.5           # for the recipe where there is no measurement
 loader = ""                 # prepared folder whose rows are to be read
 backend = "inductor"        # of torch.compile
-keep_memory = True          # have the C library keep freed memory, as train.py does on a CPU
 profile = False             # also list the operators that take longest
 device = "auto"             # cuda, mps or cpu; auto: the best there is
 
 if __name__ == "__main__":
-    files = [arg for arg in sys.argv[1:] if arg.endswith(".py") and not arg.startswith("-")]
-    if files and "--configs" not in sys.argv:
-        sys.argv = [sys.argv[0], "--configs", *files, *(arg for arg in sys.argv[1:] if arg not in files)]
+    if sys.argv[1:] and not sys.argv[1].startswith("-"):
+        sys.argv.insert(1, "--configs")
     settings = configure(globals())
 
-import contextlib
 import copy
 import os
-import platform
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
-import model
-import train
-from common.flops import forward_flops, matmul_rate, parameters, peak_flops
+from common import flops
 from common.machine import keep_freed_memory, pick_device
-from configurator import read_config, setting_names
-from model import MicroDiT, MicroDiTConfig, edm_loss, expert_tokens, kept_patches
+from model import MicroDiT, MicroDiTConfig, edm_loss
 from training.dataset import Dataset, min_side, read_info
 
 TINY_2 = MicroDiTConfig(dim=512, depth=16, head_dim=32, mixer_depth=4, mixer_dim=512)
-H100 = 989.4e12
+ASSUMED_PEAK = flops.PEAKS["H100"]
 
 
-def one_hot_forward(self, x, router_input=None):
-    """ExpertChoiceMLP.forward with one-hot dispatch, for comparison"""
-    k = expert_tokens(self.capacity, x.shape[1], self.num_experts)
-    probs = self.router(x if router_input is None else router_input).float().softmax(-1)
-    weight, index = probs.transpose(1, 2).topk(k, dim=-1)                        # (B, E, k)
-    one_hot = F.one_hot(index, x.shape[1]).to(x.dtype)                           # (B, E, k, T)
-    taken = torch.einsum("bekt,btd->bekd", one_hot, x)
-    hidden = F.gelu(torch.einsum("bekd,edh->bekh", taken, self.w1))
-    out = torch.einsum("bekh,ehd->bekd", hidden, self.w2)
-    return torch.einsum("bekt,bek,bekd->btd", one_hot, weight.to(x.dtype), out)
-
-
-@contextlib.contextmanager
-def one_hot_dispatch():
-    ours = model.ExpertChoiceMLP.forward
-    model.ExpertChoiceMLP.forward = one_hot_forward
-    try:
-        yield
-    finally:
-        model.ExpertChoiceMLP.forward = ours
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Arithmetic
-
-
-def run_of(path, more=None):
-    """(name, settings, network) of a config file, with train.py's defaults and what its data say, if they are there.
-
-    more: {setting: value} that the command line of train.py would change.
-    """
-    source = Path(train.__file__).read_text(encoding="utf-8")
-    defaults = {name: getattr(train, name) for name in setting_names(source)}
-    found = defaults | read_config(path, defaults) | (more or {})
-    network = {f.name: found[f.name] for f in fields(MicroDiTConfig) if f.name in found}
-    with contextlib.suppress(ValueError):
-        info = read_info(min_side(found["data"][0])[0])
-        network |= {"latent_channels": info["vae"]["latent_channels"], "caption_dim": info["text_encoder"]["dim"]}
-    return Path(path).stem, found, MicroDiTConfig(**network)
-
-
-def run_flops(s, network):
-    """Of a whole run, forward and backward"""
-    unmasked = s["unmasked_steps"] if s["mask_ratio"] else s["max_steps"]
-    each = (s["max_steps"] - unmasked) * forward_flops(network, s["mask_ratio"]) + unmasked * forward_flops(network)
-    return 3 * s["batch_size"] * each
-
-
-def activation_bytes(network, mask):
-    """What the backward pass of one picture keeps, by estimate: every saved tensor once, 2 bytes a number (bf16)"""
-    with torch.device("meta"):
-        net = MicroDiT(network)
-    weights, kept = {id(p) for p in net.parameters()}, {}
-
-    def keep(tensor):
-        if id(tensor) not in weights and (tensor._base is None or id(tensor._base) not in weights):
-            storage = tensor if tensor._base is None else tensor._base
-            kept[id(storage)] = storage  # held, so that no other gets its id
-        return tensor
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        edm_loss(net, *inputs(network, 1, mask, "meta"))
-    return 2 * sum(t.numel() for t in kept.values())
-
-
-def where_it_goes(network, mask):
-    """{part: share of the forward FLOPs}, by the modules that do them"""
-    with torch.device("meta"):
-        net = MicroDiT(network)
-    with FlopCounterMode(display=False) as counter:
-        edm_loss(net, *inputs(network, 1, mask, "meta"))
-    totals = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-    shares = dict.fromkeys(PARTS, 0.0)
-    for name, part, _ in parts_of(net):
-        shares[part] += totals.get(f"MicroDiT.{name}", 0) / totals["Global"]
-    return shares | {"all else": 1 - sum(shares.values())}
-
-
-PARTS = ("patch mixer", "backbone attention", "dense MLPs", "experts")
-
-
-def parts_of(net):
-    """(name of a module, which of PARTS it belongs to, the module)"""
-    for i, block in enumerate(net.mixer):
-        yield f"mixer.{i}", "patch mixer", block
-    for i, block in enumerate(net.blocks):
-        yield f"blocks.{i}.attn", "backbone attention", block.attn
-        yield f"blocks.{i}.cross_attn", "backbone attention", block.cross_attn
-        sparse = isinstance(block.mlp, model.ExpertChoiceMLP)
-        yield f"blocks.{i}.mlp", "experts" if sparse else "dense MLPs", block.mlp
-
-
-def time_shares(net, forward_backward, where):
-    """{part: share of the time} of an eager forward and backward pass, waiting for the device around every part"""
-    spent, began, hooks = dict.fromkeys(PARTS, 0.0), {}, []
-
-    def now():
-        if where.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def start(name):
-        def hook(*_):
-            began[name] = now()
-        return hook
-
-    def stop(name, part):
-        def hook(*_):
-            spent[part] += now() - began[name]
-        return hook
-
-    for name, part, module in parts_of(net):
-        hooks += [module.register_forward_pre_hook(start(name)), module.register_forward_hook(stop(name, part)),
-                  module.register_full_backward_pre_hook(start(name)),
-                  module.register_full_backward_hook(stop(name, part))]
-    total = -now()
-    forward_backward()
-    total += now()
-    for hook in hooks:
-        hook.remove()
-    shares = {part: seconds / total for part, seconds in spent.items()}
-    return shares | {"all else": 1 - sum(shares.values())}
-
-
-def percentages(shares):
-    return ", ".join(f"{part} {100 * share:.0f} %" for part, share in shares.items())
-
-
-def print_arithmetic(runs):
-    print("Arithmetic (bytes by estimate: activations in bf16, weights, gradients and AdamW's moments in float32):")
-    for name, s, network in runs:
-        total, active = parameters(network)
-        forward = forward_flops(network, s["mask_ratio"])
-        state = total * 4 * (4 + (s["ema_decay"] > 0))  # weights, gradients, two moments, average
-        pictures = activation_bytes(network, s["mask_ratio"])
-        whole, row = run_flops(s, network), 2 * network.latent_channels * network.latent_size ** 2 + 77 * 1024 * 2
-        print(f"  {name}: {total / 1e6:,.1f} M parameters ({active / 1e6:,.1f} M active), forward "
-              f"{forward / 1e9:,.1f} GFLOP a picture; {s['max_steps']:,} steps of {s['batch_size']:,} are {whole:.2e}")
-        print(f"    memory {state / 1e9:.1f} GB + {pictures / 1e6:,.0f} MB a picture "
-              f"({(state + pictures * s['micro_batch_size']) / 1e9:.0f} GB with its micro-batches of "
-              f"{s['micro_batch_size']}); {row / 1000:.0f} kB read a picture; FLOPs: "
-              + percentages(where_it_goes(network, s["mask_ratio"])))
-
-
-def print_recipe(runs, rates):
-    """rates: {name: images per second of one GPU}; where there is none, assumed_mfu of an H100's peak"""
-    print(f"The recipe on {gpus} GPUs at ${price} an hour each:")
-    hours = 0.0
-    for name, s, network in runs:
-        pictures = s["max_steps"] * s["batch_size"]
-        rate = rates.get(name) or pictures * assumed_mfu * H100 / run_flops(s, network)
-        h = pictures / (gpus * rate) / 3600
-        hours += h
-        how = "measured" if name in rates else f"if at {100 * assumed_mfu:.0f} % of an H100's peak"
-        print(f"  {name:20} {rate:7,.0f} images/s per GPU ({how}): {h:6.1f} hours, ${h * gpus * price:,.0f}")
-    print(f"  together {hours:.1f} hours, ${hours * gpus * price:,.0f}, without data preparation, checkpoints, "
+def main(device):
+    if device.type == "cpu":
+        keep_freed_memory()  # as train.py does
+    if loader:
+        return measure_loader(loader)
+    if not configs:
+        return measure_here(device)
+    runs, hours = [read_run(path) for path in configs], 0.0
+    if device.type == "cuda":
+        peak = flops.peak_flops(device) or ASSUMED_PEAK
+        print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}: peak {peak / 1e12:,.1f} TFLOP/s, "
+              f"{flops.matmul_rate(device, torch.bfloat16) / 1e12:,.1f} on bf16 matrix products")
+    else:
+        measure_here(device)
+    for run in runs:
+        hours += print_run(*run, measure_run(*run, device, peak) if device.type == "cuda" else None)
+    print(f"together {hours:.1f} hours, ${hours * gpus * price:,.0f}, without data preparation, checkpoints, "
           "validation, and what the GPUs wait for each other")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Measurement
+def read_run(path):
+    """Return (name, settings, network) of a config file; the network fits the data, if they are there."""
+    settings = script_settings("train.py", path)
+    folder = min_side(settings["data"][0])[0]
+    info = read_info(folder) if Path(folder, "dataset.json").is_file() else None
+    return Path(path).stem, settings, flops.network_of(settings, info)
 
 
-def inputs(config, n, mask, where):
-    """Arguments of edm_loss after the network"""
-    shape = (n, config.latent_channels, config.latent_size, config.latent_size)
-    ids = kept_patches(torch.rand(n, config.tokens, device="cpu"), mask).to(where) if mask else None
-    latents, noise = (torch.randn(shape, device=where) for _ in range(2))
-    caption = torch.randn(n, 77, config.caption_dim, device=where)
-    return latents, caption, torch.rand(n, device=where) + 0.1, noise, ids
+def print_run(name, settings, network, rate=None):
+    """Print what a run costs, and return its hours. rate: images per second of a GPU, where it was measured.
+
+    Bytes are by estimate: activations in bf16, weights, gradients and AdamW's moments in float32.
+    """
+    (total, active), mask, micro = flops.parameters(network), settings["mask_ratio"], settings["micro_batch_size"]
+    images, whole = settings["max_steps"] * settings["batch_size"], flops.run_flops(settings, network)
+    print(f"{name}: {total / 1e6:,.1f} M parameters ({active / 1e6:,.1f} M active); "
+          f"{settings['max_steps']:,} steps of {settings['batch_size']:,}")
+    if whole:
+        state = total * 4 * (4 + (settings["ema_decay"] > 0))  # weights, gradients, two moments, average
+        picture = flops.activation_bytes(network, mask)
+        shares = [f"{part} {100 * share:.0f} %" for part, share in flops.flop_shares(network, mask).items()]
+        print(f"  {whole:.2e} FLOP, forward {flops.forward_flops(network, mask) / 1e9:,.1f} GFLOP a picture: "
+              f"{', '.join(shares)}\n  memory {state / 1e9:.1f} GB + {picture / 1e6:,.0f} MB a picture "
+              f"({(state + picture * micro) / 1e9:.0f} GB with its micro-batches of {micro})")
+    elif not rate:
+        raise ValueError(f"{name}: neither its FLOPs nor its speed are known, so neither is its price")
+    how = "measured" if rate else f"if at {100 * assumed_mfu:.0f} % of an H100's peak"
+    rate = rate or images * assumed_mfu * ASSUMED_PEAK / whole
+    hours = images / (gpus * rate) / 3600
+    print(f"  {rate:,.0f} images/s per GPU ({how}): {hours:.1f} hours, ${hours * gpus * price:,.0f} on {gpus} GPUs at "
+          f"${price} an hour each")
+    return hours
 
 
-def timed(function, where):
-    started = time.perf_counter()
-    function()
-    if where.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+def timed(function, device, before=lambda: None):
+    """Return (median, least, most) seconds of calls of the function, each after a call of before()."""
+    seconds = []
+    for _ in range(rounds + 1):
+        before()
+        started = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    if profile:
+        with torch.profiler.profile() as recorded:
+            function()
+        print(recorded.key_averages().table(f"self_{device.type}_time_total", row_limit=20, max_name_column_width=60))
+    seconds = seconds[1:]  # the first round warms up
+    return statistics.median(seconds), min(seconds), max(seconds)
 
 
-def medians(versions, where):
-    """{name: (median, least, most)} seconds of each function, in turn"""
-    times = {name: [] for name in versions}
-    for i in range(rounds + 1):
-        for name, function in versions.items():
-            seconds = timed(function, where)
-            if i:  # the first round warms up
-                times[name].append(seconds)
-    return {name: (statistics.median(t), min(t), max(t)) for name, t in times.items()}
+def efficiency(network, mask, images_per_second, peak):
+    """Return the share of `peak` that the useful FLOPs of training make, as a text."""
+    forward = flops.forward_flops(network, mask)
+    return f"{100 * 3 * forward * images_per_second / peak:.1f} %" if forward else "not known"
 
 
-def measure_config(name, s, network, where, peak):
-    """A GPU's share of a step of this run, in three versions -> images per second of the compiled one"""
-    share = s["batch_size"] // gpus
-    micro = min(s["micro_batch_size"], share)
+def measure_here(device):
+    """Time forward and backward of Tiny/2, in float32, against square matrix products."""
     torch.manual_seed(0)
-    net = MicroDiT(network).to(where)
-    optimizer = torch.optim.AdamW(net.parameters(), 1e-5, weight_decay=s["weight_decay"], fused=True)
-    average = copy.deepcopy(net).requires_grad_(False) if s["ema_decay"] else None
-    batch = inputs(network, micro, s["mask_ratio"], where)
-    compiled = torch.compile(net, backend=backend)
+    net, batch = MicroDiT(TINY_2).to(device), flops.random_batch(TINY_2, batch_size, mask_ratio, device)
 
-    def forward_backward(f):
-        with torch.autocast(where.type, torch.bfloat16):
-            loss = edm_loss(f, *batch)
-        loss.backward()
+    def step():
+        edm_loss(net, *batch).backward()
+        net.zero_grad()
 
-    def update():
-        torch.nn.utils.clip_grad_norm_(net.parameters(), s["grad_clip"])
+    rate, (seconds, low, high) = flops.matmul_rate(device, torch.float32, 2048), timed(step, device)
+    print(f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32: matrix products of "
+          f"2048 at {rate / 1e9:.0f} GFLOP/s")
+    print(f"Tiny/2, batch {batch_size}, mask ratio {mask_ratio}: {seconds:.3f} s a step ({low:.3f} to {high:.3f}), "
+          f"useful FLOPs at {efficiency(TINY_2, mask_ratio, batch_size / seconds, rate)} of that rate")
+
+
+def measure_run(name, settings, network, device, peak):
+    """Time a GPU's share of a step; return images per second of the compiled one, None if it did not fit."""
+    share = max(1, settings["batch_size"] // gpus)
+    micro, rates = min(settings["micro_batch_size"], share), {}
+    torch.cuda.empty_cache()
+    try:
+        net, step = make_step(settings, network, device, micro, share // micro)
+        for version, module in (("compiled", torch.compile(net, backend=backend)), ("eager", net)):
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            seconds, low, high = timed(partial(step, module), device)
+            rate = rates[version] = share / seconds
+            print(f"{name}, {version}: {seconds:.3f} s a step of {share} ({low:.3f} to {high:.3f}), {rate:,.0f} "
+                  f"images/s, MFU {efficiency(network, settings['mask_ratio'], rate, peak)}, most memory "
+                  f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
+    except torch.cuda.OutOfMemoryError:
+        print(f"{name}: out of memory with {micro} pictures: try a smaller micro_batch_size in a copy of the config")
+    return rates.get("compiled")
+
+
+def make_step(settings, network, device, micro, micros):
+    """Return (network, function that makes a step of training with it or its compiled form)."""
+    torch.manual_seed(0)
+    net, batch = MicroDiT(network).to(device), flops.random_batch(network, micro, settings["mask_ratio"], device)
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-5, weight_decay=settings["weight_decay"], fused=True)
+    average = copy.deepcopy(net).requires_grad_(False) if settings["ema_decay"] else None
+
+    def step(module):
+        for _ in range(micros):
+            with torch.autocast(device.type, torch.bfloat16):
+                loss = edm_loss(module, *batch)
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), settings["grad_clip"])
         optimizer.step()
         optimizer.zero_grad()
         if average:
             torch._foreach_lerp_(list(average.parameters()), [p.detach() for p in net.parameters()], 0.001)
-
-    def one_hot():
-        with one_hot_dispatch():
-            forward_backward(net)
-
-    most = "not measured"
-    if where.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    for _ in range(2):  # compiles, and makes the optimizer's state
-        forward_backward(compiled)
-        update()
-    if where.type == "cuda":
-        most = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
-    versions = {"compiled": lambda: forward_backward(compiled), "eager": lambda: forward_backward(net),
-                "eager, one-hot": one_hot}
-    for version, function in list(versions.items()):
-        try:
-            function()
-        except torch.cuda.OutOfMemoryError:
-            print(f"  {name:18} {version:15} out of memory with {micro} pictures")
-            del versions[version]
-    time_of = medians(versions, where)
-    optimizing = medians({"optimizer": lambda: (forward_backward(compiled), update())}, where)["optimizer"][0]
-    optimizing = max(0.0, optimizing - time_of["compiled"][0])
-    useful = 3 * forward_flops(network, s["mask_ratio"])
-    rates = {}
-    for version, (seconds, low, high) in time_of.items():
-        step = seconds * share / micro + optimizing
-        rates[version] = share / step
-        print(f"  {name:18} {version:15} {step:7.3f} s a step of {share} ({low:.3f} to {high:.3f} s for {micro}), "
-              f"{share / step:6,.0f} images/s, MFU {100 * useful * share / step / peak:.1f} %")
-    print(f"    optimizer {optimizing:.3f} s of it; most memory (compiled) {most}; time of the eager version: "
-          + percentages(time_shares(net, lambda: forward_backward(net), where)))
-    if profile:
-        with torch.profiler.profile() as recorded:
-            forward_backward(compiled)
-        print(recorded.key_averages().table(sort_by="self_cuda_time_total", row_limit=20, max_name_column_width=60))
-    return rates["compiled"]
-
-
-def measure_here(where):
-    """Tiny/2 in float32 against the machine's own matmul rate, and against one-hot dispatch"""
-    torch.manual_seed(0)
-    net, arguments = MicroDiT(TINY_2).to(where), inputs(TINY_2, batch_size, mask_ratio, where)
-    a = torch.randn(2048, 2048, device=where)
-
-    def step():
-        edm_loss(net, *arguments).backward()
-        net.zero_grad()
-
-    def one_hot_step():
-        with one_hot_dispatch():
-            step()
-
-    def matmuls():
-        for _ in range(10):
-            a @ a
-
-    times = medians({"this code": step, "one-hot dispatch": one_hot_step, "matmul 2048": matmuls}, where)
-    rate = 10 * 2 * 2048 ** 3 / times["matmul 2048"][0]
-    useful, one_hot = step_flops(TINY_2), step_flops(TINY_2, one_hot_dispatch)
-    print(f"{where.type} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads), "
-          f"torch {torch.__version__}, float32; "
-          f"Tiny/2, batch {batch_size}, mask ratio {mask_ratio}, median of {rounds}")
-    print(f"matmul 2048 x 2048: {rate / 1e9:.0f} GFLOP/s")
-    for name, flops in (("this code", useful), ("one-hot dispatch", one_hot)):
-        seconds, low, high = times[name]
-        print(f"{name:17}: {seconds:.3f} s a step ({low:.3f} to {high:.3f}), {flops / 1e9:.0f} GFLOP, "
-              f"useful FLOPs at {100 * useful / seconds / rate:.0f} % of the matmul rate")
-    print("time: " + percentages(time_shares(net, step, where)))
-    print(f"one-hot dispatch takes {times['one-hot dispatch'][0] / times['this code'][0]:.2f} x the time of this code")
-    if profile:
-        with torch.profiler.profile() as recorded:
-            step()
-        print(recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=45))
-
-
-def step_flops(config, context=contextlib.nullcontext):
-    """Floating-point operations of the small run's step: three times the forward pass"""
-    with torch.device("meta"):
-        net = MicroDiT(config)
-    with FlopCounterMode(display=False) as counter, context():
-        edm_loss(net, *inputs(config, batch_size, mask_ratio, "meta"))
-    return 3 * counter.get_total_flops()
+    return net, step
 
 
 def measure_loader(folder):
-    """Random rows of a prepared folder, against reading its files from front to back, cached and not"""
-    info = Dataset(folder, largest_latents(folder))
-    files = sorted(Path(folder).glob("*.npy"))
-    one = sum(a.size for a in info.shards[0][1].values())
-    rng, pool = np.random.default_rng(0), ThreadPoolExecutor(4)
+    """Time the reading of random rows of a prepared folder, from the page cache and from the disk."""
+    info = read_info(folder)
+    dataset = Dataset(folder, max(info["resolutions"]) // info["vae"]["downsample"])
+    ids = np.random.default_rng(0).integers(0, len(dataset), 256)
+    size = sum(tensor.nbytes for tensor in dataset.read(ids).values())
 
     def forget():
-        for path in files:
+        for path in Path(folder).glob("*.npy"):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
-    def front_to_back():
-        left = 256 * one
-        buffer = bytearray(1 << 20)
-        for path in files:
-            with open(path, "rb", buffering=0) as file:
-                while left > 0 and (n := file.readinto(buffer)):
-                    left -= n
-        return 256 * one - left
-
-    def random(pool=None):
-        ids = rng.integers(0, len(info), 256)
-        info.read(ids, pool)
-        return 256 * one
-
-    ways = {"front to back": front_to_back, "random rows": random, "random rows, 4 threads": lambda: random(pool)}
-    print(f"{folder}: {len(info):,} rows of {one / 1000:.1f} kB, 256 at a time; medians of {rounds}")
-    for state in ("page cache", "disk"):
-        rates = {name: [] for name in ways}
-        for path in files if state == "page cache" else ():
-            path.read_bytes()
-        for i in range(rounds + 1):
-            for name, way in ways.items():
-                if state == "disk":
-                    forget()
-                started = time.perf_counter()
-                done = way()
-                if i:
-                    rates[name].append(done / (time.perf_counter() - started))
-        for name, found in rates.items():
-            rate = statistics.median(found)
-            print(f"  {state:10} {name:24} {rate / 1e9:6.2f} GB/s, {rate / one:9,.0f} rows/s")
-
-
-def largest_latents(folder):
-    info = read_info(folder)
-    return max(info["resolutions"]) // info["vae"]["downsample"]
-
-
-def main():
-    where = pick_device(device)
-    if where.type == "cpu" and keep_memory:
-        keep_freed_memory()
-    if loader:
-        measure_loader(loader)
-        return
-    runs = [run_of(path) for path in configs]
-    if not runs:
-        measure_here(where)
-        return
-    print_arithmetic(runs)
-    rates = {}
-    if where.type == "cuda":
-        peak = peak_flops(where) or H100
-        print(f"{torch.cuda.get_device_name(where)}, torch {torch.__version__}: peak {peak / 1e12:,.1f} TFLOP/s by its "
-              f"datasheet, {matmul_rate(where, torch.bfloat16, 8192) / 1e12:,.1f} on bf16 matrix products of 8192")
-        for name, s, network in runs:
-            try:
-                rates[name] = measure_config(name, s, network, where, peak)
-            except torch.cuda.OutOfMemoryError:
-                print(f"  {name}: out of memory; try a smaller micro_batch_size in a copy of the config")
-            torch.cuda.empty_cache()
-    else:
-        measure_here(where)
-    print_recipe(runs, rates)
+    print(f"{folder}: {len(dataset):,} rows of {size / 256e3:.1f} kB, 256 random ones at a time; medians of {rounds}")
+    ways = {"1 thread": partial(dataset.read, ids), "4 threads": partial(dataset.read, ids, ThreadPoolExecutor(4))}
+    disk = {"disk": forget} if hasattr(os, "posix_fadvise") else {}  # Linux alone can forget a file
+    for state, before in {"page cache": lambda: None, **disk}.items():
+        for name, way in ways.items():
+            seconds, *_ = timed(way, torch.device("cpu"), before)
+            print(f"  {state:10}, {name:9} {size / seconds / 1e9:6.2f} GB/s, {256 / seconds:9,.0f} rows/s")
 
 
 if __name__ == "__main__":
     try:
-        main()
+        main(pick_device(device))
     except (ValueError, OSError) as error:
         raise SystemExit(f"bench.py: {error}") from None

@@ -1,28 +1,26 @@
-"""
-Lines as a PNG, with Pillow alone.
-"""
+"""Lines as a picture, with Pillow alone."""
 import math
 
 from PIL import Image, ImageDraw, ImageFont
 
 COLORS = ("#1f4ed8", "#d8401f", "#1f9d55", "#7a1fd8", "#c98a00", "#108fa3", "#d81f8c", "#555555")
-SIZE, LEFT, RIGHT, TOP, BOTTOM = (760, 440), 74, 24, 40, 52
+LEFT, RIGHT, TOP, BOTTOM = 74, 24, 40, 52  # margins of the axes
 
 
 def ticks(low, high, log):
-    """Round numbers from low to high, some five of them"""
+    """Return some five round numbers from low to high."""
     if log and high / low > 2:
-        around = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        found = [m * 10.0 ** e for e in around for m in ((1, 2, 3, 5, 7) if high / low < 30 else (1, 2, 5))]
+        exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        numbers = [m * 10.0 ** e for e in exponents for m in ((1, 2, 3, 5, 7) if high / low < 30 else (1, 2, 5))]
     else:
         step = 10.0 ** math.floor(math.log10((high - low) / 4))
         step *= min((1, 2, 5, 10), key=lambda m: abs((high - low) / (m * step) - 5))
-        found = [step * n for n in range(math.floor(low / step), math.ceil(high / step) + 1)]
-    return [t for t in found if low <= t <= high]
+        numbers = [step * n for n in range(math.floor(low / step), math.ceil(high / step) + 1)]
+    return [number for number in numbers if low <= number <= high]
 
 
 def axis(values, log):
-    """(low, high, function from a value to [0, 1])"""
+    """Return (low, high, function from a value to [0, 1])."""
     low, high = min(values), max(values)
     if log:
         low, high = low / 1.03, high * 1.03
@@ -32,22 +30,25 @@ def axis(values, log):
     return low, high, lambda v: (v - low) / (high - low)
 
 
-def line_plot(lines, x_label, y_label, *, title="", log=False, labels=None):
+def plot(path, lines, x_label, y_label, *, title="", log=False, labels=None):
+    """Save the picture of line_plot as a PNG."""
+    line_plot(lines, x_label, y_label, title=title, log=log, labels=labels).save(path)
+
+
+def line_plot(lines, x_label, y_label, *, title="", log=False, labels=None, size=(760, 440)):
     """Draw {name: [(x, y), or (x, y, lowest, highest) for a band]}; log: y logarithmic; labels {name: a text a point}.
 
-    ValueError where there is no point to draw, or one that is not finite (or with log not above 0).
+    Return a PIL image. ValueError if a line has no point, or one that is not finite (or with log not above 0).
     """
     xs = [p[0] for points in lines.values() for p in points]
-    ys = [v for line in lines.values() for p in line for v in p[1:]]
-    if not ys or not all(map(math.isfinite, xs + ys)) or log and min(ys) <= 0:
-        raise ValueError(f"there is nothing to plot, or a number that has no place on the axis, in {lines}")
-    x_low, x_high, fx = axis(xs, False)
-    y_low, y_high, fy = axis(ys, log)
-    width, height = SIZE
+    ys = [v for points in lines.values() for p in points for v in p[1:]]
+    if not ys or not all(lines.values()) or not all(map(math.isfinite, xs + ys)) or log and min(ys) <= 0:
+        raise ValueError(f"no plot of {', '.join(lines)}: a line is empty, or a number has no place on the axis")
+    (x_low, x_high, fx), (y_low, y_high, fy), (width, height) = axis(xs, False), axis(ys, log), size
 
     def xy(x, y):
         return LEFT + fx(x) * (width - LEFT - RIGHT), height - BOTTOM - fy(y) * (height - TOP - BOTTOM)
-    image = Image.new("RGB", SIZE, "white")
+    image = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(image, "RGBA"), ImageFont.load_default(13)
     for value in ticks(y_low, y_high, log):
         y = xy(x_low, value)[1]
@@ -65,16 +66,11 @@ def line_plot(lines, x_label, y_label, *, title="", log=False, labels=None):
         color = COLORS[n % len(COLORS)]
         if len(points[0]) == 4:
             draw.polygon([xy(p[0], p[2]) for p in points] + [xy(p[0], p[3]) for p in points[::-1]], color + "30")
-        draw.line([xy(*p[:2]) for p in points], color, 3)
-        if labels or len(points) <= 6:
-            for i, p in enumerate(points):
-                x, y = xy(*p[:2])
-                draw.ellipse((x - 4, y - 4, x + 4, y + 4), color)
-                if labels:
-                    draw.text((x + 7, y - 7), labels[name][i], color, font, anchor="ls")
+        spots = [xy(*p[:2]) for p in points]
+        draw.line(spots, color, 3)
+        for i, (x, y) in enumerate(spots if labels or len(spots) <= 6 else ()):
+            draw.ellipse((x - 4, y - 4, x + 4, y + 4), color)
+            if labels:
+                draw.text((x + 7, y - 7), labels[name][i], color, font, anchor="ls")
         draw.text((width - RIGHT - 8, TOP + 4 + 17 * n), name, color, font, anchor="ra")
     return image
-
-
-def plot(path, lines, x_label, y_label, **options):
-    line_plot(lines, x_label, y_label, **options).save(path)

@@ -1,9 +1,9 @@
 """
-The network of the masking question (masking.py): 2.0 M parameters, the paper's shape in small. 75 % masked, a step
+The network of studies.ablate: 2.0 M parameters, the paper's shape in small. With 75 % of the patches masked, a step
 costs 38 % of an unmasked one (the paper's XL/2 at 256 px: 40 %). Its learning rate is constant, so that every moment of
 a run stands for a shorter run.
 
-    python masking.py                     # trains all arms; one alone: python train.py config/masking.py
+    python -m studies.ablate              # trains all arms; one alone: python train.py config/masking.py
 """
 data = "data/shapes"
 latent_size = 16            # 32 px, of which the pixels autoencoder makes 16 x 16 x 12
@@ -35,5 +35,5 @@ sample_guidance = 2.0
 log_every = 100
 eval_every = 100
 sample_every = 0
-checkpoint_every = 0        # masking.py keeps those that it compares
+checkpoint_every = 0        # studies.ablate keeps those that it compares
 keep_checkpoints = 100

@@ -1,340 +1,279 @@
 """
-Does it pay to mask 75 % of the patches behind a mixer? The same small network (config/masking.py) trained in several
-ways, compared after equal training FLOPs and after equal steps:
+Train a network in several ways, called arms, and compare them after equal training FLOPs and after equal steps.
 
-    python prepare_latents.py && python masking.py                        # the drawn set, three seeds
-    python masking.py --data data/cifar --val_data data/cifar-val --out runs/masking-photos
-    python masking.py --arms router_unmodulated mixer_1 mixer_4 mixer_wide no_scaling dense --seeds 0    # parts
+    python -m studies.ablate --arm base --arm wide mixer_dim=96 --arm flat attn_ratio=1,1 mlp_ratio=1.2,1.2 --seeds 0 1
+    python -m studies.ablate                # the default arms: does it pay to mask 75 % of the patches behind a mixer?
+    python -m studies.ablate --arms router_unmodulated mixer_1 mixer_4 mixer_wide no_scaling dense --seeds 0
+    python -m studies.ablate --data data/cifar --val_data data/cifar-val --out runs/masking-photos
 
-Each arm and seed is one run of train.py with a constant learning rate, validated along the way and without masking.
-Finished runs are not made again; a stopped one goes on. The table and the plot hold every run that is in `out`.
+--arm NAME key=value ... may be repeated. The keys are settings of train.py, which take the place of those in --config;
+tail=0.25 makes the last quarter of the arm's FLOPs unmasked. Each arm and seed is one run of train.py, which has a
+constant learning rate, so that every moment of it stands for a shorter run, and is validated without masking. Equal
+steps are as many as the config makes without masking. Finished runs are not made again, and a stopped one goes on.
 """
-from configurator import configure, read_config
+import sys
 
-arms = ("unmasked", "naive", "deferred", "deferred+unmasked", "small_dense")  # see ARMS
+from configurator import configure, parse_command_line, script_settings
+
+config = "config/masking.py"  # what all arms share
+arms = ("unmasked", "naive", "deferred", "deferred+unmasked", "small_dense")  # default arms, where no --arm is given
 seeds = (0, 1, 2)             # of each arm
 data = ("data/shapes",)       # prepared folders
 val_data = ()                 # prepared folders to validate on; empty: the last 1 % of each of `data`
-out = "runs/masking"          # folder of the runs, the table and the plot
-budget = 10.0                 # training TFLOP of a run; the unmasked arm's steps with it are the "equal steps" of all
-tail = 0.25                   # share of the FLOPs that "deferred+unmasked" spends on its last, unmasked part
-count = 128                   # prompts of each kind for the attribute scores of the drawn set; 0: no scores
+out = "runs/masking"          # folder of the runs, of the table of all of them, and of the plot
+budget = 10.0                 # training TFLOP of a run
+count = 128                   # prompts of the attribute scores, if `data` is the drawn set; 0: no scores
 parallel = 0                  # runs side by side; 0: one for each GPU, or for each core
 
+
+def take_arms(words):
+    """Remove each --arm NAME key=value ... from a command line, and return them as [[NAME, key=value, ...]]."""
+    given = []
+    while "--arm" in words:
+        start = words.index("--arm")
+        end = next((i for i in range(start + 1, len(words)) if words[i].startswith("--")), len(words))
+        given.append(words[start + 1:end])
+        del words[start:end]
+    return given
+
+
 if __name__ == "__main__":
+    given_arms = take_arms(sys.argv)
     settings = configure(globals())
 
-import functools
 import json
 import os
-import queue
-import statistics
 import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
-from bench import run_of
-from common.files import write_atomic
-from common.flops import forward_flops, parameters
+from common.files import read_jsonl, write_json
+from common.flops import forward_flops, network_of, parameters
 from common.plot import plot
-from training.dataset import read_info
+from studies.compare import band, markdown, mean_and_spread
+from training.checkpoint import code_hash
+from training.dataset import min_side, read_info
 
-CONFIG = "config/masking.py"
-ARMS = {  # name: (what is special about it, its settings beside those of CONFIG)
-    "unmasked": ("no masking", {"mask_ratio": 0.0}),
-    "naive": ("75 % masked at the input; a block more in place of the mixer", {"mixer_depth": 0, "depth": 9}),
-    "deferred": ("75 % masked behind the mixer", {}),
-    "deferred+unmasked": ("likewise, its last quarter of the FLOPs unmasked", {}),
-    "small_dense": ("no masking, narrower, dense, no mixer",
-                    {"mask_ratio": 0.0, "mixer_depth": 0, "num_experts": 0, "dim": 64, "depth": 7}),
-    "router_unmodulated": ("deferred; the router reads LN(x)", {"router_unmodulated": True}),
-    "mixer_1": ("deferred; a mixer of 1 block instead of 2", {"mixer_depth": 1}),
-    "mixer_4": ("deferred; a mixer of 4 blocks instead of 2", {"mixer_depth": 4}),
-    "mixer_wide": ("deferred; a mixer as wide as the backbone, 96 instead of 64", {"mixer_dim": 96}),
-    "no_scaling": ("deferred; all blocks alike", {"attn_ratio": (1.0, 1.0), "mlp_ratio": (1.25, 1.25)}),
-    "dense": ("deferred; dense MLPs instead of experts", {"num_experts": 0})}
-MAIN = tuple(ARMS)[:5]  # the question itself; the other arms are about parts of the network
-BRANCHED = ("deferred", "deferred+unmasked")  # the second goes on from the first
+ARMS = {"unmasked": "mask_ratio=0", "naive": "mixer_depth=0 depth=9", "deferred": "", "deferred+unmasked": "tail=0.25",
+        "small_dense": "mask_ratio=0 mixer_depth=0 num_experts=0 dim=64 depth=7",
+        # parts of the network
+        "router_unmodulated": "router_unmodulated=true", "mixer_1": "mixer_depth=1", "mixer_4": "mixer_depth=4",
+        "mixer_wide": "mixer_dim=96", "no_scaling": "attn_ratio=1,1 mlp_ratio=1.25,1.25", "dense": "num_experts=0"}
+# what the study sets itself, and no arm
+OWN = {"schedule": "constant", "unmasked_steps": 0, "checkpoint_every": 0, "keep_checkpoints": 100, "sample_every": 0}
 
 
-stopped = threading.Event()  # no run is to be begun any more
+def choose_arms(given):
+    """Return the arms that --arm gave as [[name, key=value, ...]], or else the default ones that `arms` names."""
+    names = [words[0] if words else "" for words in given]
+    if len(set(names)) < len(names) or not all(name and name == Path(name).name and "=" not in name for name in names):
+        raise ValueError(f"the arms are '{', '.join(names)}': each needs a name of its own, before its settings")
+    unknown = [name for name in arms if name not in ARMS]
+    if unknown or not arms:
+        raise ValueError(f"no arm {', '.join(unknown)}: there are {', '.join(ARMS)}, and --arm NAME key=value ...")
+    return [read_arm(name, words) for name, *words in given or [[name, *ARMS[name].split()] for name in arms]]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What each run does
+def read_arm(name, words):
+    """Return an arm of words like depth=9: its changes of the config, its costs and its plan.
+
+    The plan is {point of comparison: (steps, unmasked steps after them, which are `tail` of the FLOPs)}.
+    """
+    defaults, info = script_settings("train.py", config), read_info(min_side(data[0])[0])
+    known = {k: v for k, v in (defaults | {"tail": 0.0}).items()
+             if k not in {*OWN, "data", "val_data", "seed", "out", "overwrite", "max_steps"}}
+    arguments = []
+    for key, equals, value in (word.partition("=") for word in words):
+        several = isinstance(known.get(key), tuple)
+        arguments += [f"--{key}", *value.split(",")] if several else [f"--{key}{equals}{value}"]
+    try:
+        changes = parse_command_line(arguments, known)[1]
+        settings, tail = defaults | changes, changes.get("tail", 0.0)
+        for key, value in changes.items():
+            if isinstance(value, tuple) and len(value) != len(defaults[key]):
+                raise ValueError(f"{key} is {value}: it needs {len(defaults[key])} values, {key}=A,B")
+        if min(settings["eval_every"], settings["batch_size"]) < 1 or not 0 <= tail < 1:
+            raise ValueError("eval_every and batch_size must be above 0, and tail at least 0 and below 1")
+        step, unmasked = (training_flops(settings, info, ratio) for ratio in (settings["mask_ratio"], 0.0))
+        total, each = int(budget * 1e12 / training_flops(defaults, info, 0.0)), ((1 - tail) / step, tail / unmasked)
+        last = round(total * each[1] / sum(each))
+        plan = {"flops": (int(budget * 1e12 * each[0]), round(budget * 1e12 * each[1])), "steps": (total - last, last)}
+        if min(n for steps in plan.values() for n in (steps if tail else steps[:1])) < 1:
+            raise ValueError(f"a budget of {budget} TFLOP is less than a step for a part of it")
+    except ValueError as error:
+        raise ValueError(f"arm {name}: {error}") from None
+    return SimpleNamespace(name=name, changes=changes, settings=settings, plan=plan, step_flops=step,
+                           unmasked_flops=unmasked, parameters=parameters(network_of(settings, info))[0])
 
 
-def options(arm, seed):
-    """Settings of train.py, of an arm without its tail"""
-    return {"data": data, "val_data": val_data, "seed": seed, **ARMS[arm][1]}
+def training_flops(settings, info, mask_ratio):
+    """Return the FLOPs of a training step; ValueError where they are not known."""
+    forward = forward_flops(network_of(settings, info), mask_ratio, info["text_encoder"]["length"])
+    if forward is None:
+        raise ValueError("its FLOPs are not known, so it cannot be compared at equal FLOPs")
+    return 3 * settings["batch_size"] * forward
 
 
-@functools.cache
-def step_flops(arm):
-    """FLOPs of a training step, {masked: .., unmasked: .., step: of the two the one that the arm takes}"""
-    _, found, network = run_of(CONFIG, options(arm, 0))
-    caption = read_info(found["data"][0])["text_encoder"]["length"]
-    masked, unmasked = (3 * found["batch_size"] * forward_flops(network, ratio, caption)
-                        for ratio in (found["mask_ratio"], 0.0))
-    return {"masked": masked, "unmasked": unmasked, "step": masked, "parameters": parameters(network)[0]}
+def open_study(chosen):
+    """Write down in `out` what its runs depend on, and return it; ValueError if runs that are there differ."""
+    infos = [read_info(min_side(folder)[0]) for folder in (*data, *val_data)]
+    study = {"model.py": code_hash(), "config": script_settings("train.py", config), "budget": budget, "count": count,
+             "data": [data, val_data, [[info["rows"], info.get("source_hash"), info["settings"]] for info in infos]]}
+    study = json.loads(json.dumps(study | {f"arm {arm.name}": arm.changes for arm in chosen}))
+    path = Path(out, "study.json")
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    differ = {name for name, value in study.items() if before.get(name, value) != value}
+    differ |= {"model.py" for r in read_results(before | study) if r.get("model_sha256") != study["model.py"]}
+    if differ:
+        raise ValueError(f"{out} was made with another {', '.join(sorted(differ))}: give another --out, or restore it")
+    Path(out).mkdir(parents=True, exist_ok=True)
+    write_json(path, before | study)
+    return before | study
 
 
-def equal_points(arm):
-    """{"steps": step, "flops": step} at which an arm is compared"""
-    total = budget * 1e12
-    return {"steps": int(total / step_flops("unmasked")["step"]), "flops": int(total / step_flops(arm)["step"])}
+def read_results(study):
+    """Return the results of all arms of a study, arm by arm."""
+    paths = [path for key in study if key.startswith("arm ") for path in sorted(Path(out, key[4:]).glob("seed*.json"))]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
-def tail_of(point):
-    """(masked, unmasked steps) of "deferred+unmasked" up to a point: `tail` of its FLOPs are unmasked"""
-    f = step_flops("deferred")
-    if point == "flops":
-        return int((1 - tail) * budget * 1e12 / f["masked"]), round(tail * budget * 1e12 / f["unmasked"])
-    steps = equal_points("unmasked")["steps"]
-    unmasked = round(steps / (1 + f["unmasked"] * (1 - tail) / (f["masked"] * tail)))
-    return steps - unmasked, unmasked
-
-
-def call(script, given, slot):
-    """Run a script of ours with these settings, on its share of the machine; its last line if it fails"""
-    values = [[f"--{name}", *(map(str, value) if isinstance(value, (tuple, list)) else [str(value)])]
-              for name, value in given.items() if value != ()]
-    if stopped.is_set():
-        raise ValueError("stopped")
-    if torch.cuda.is_available():
-        given_to_us = [n for n in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if n]
-        gpus = given_to_us or range(torch.cuda.device_count())
-        share = {"CUDA_VISIBLE_DEVICES": str(gpus[slot % len(gpus)])}
-    else:
-        share = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // slots()))}
-    done = subprocess.run([sys.executable, *script, *(v for value in values for v in value)], text=True, check=False,
-                          capture_output=True, env=os.environ | {"EXIT_WITH_PARENT": "1"} | share)
-    if done.returncode:
-        raise ValueError(f"{' '.join(script)} for {given['out']}: {(done.stderr.strip() or '?').splitlines()[-1]}")
+def words_of(value):
+    return [str(v) for v in value] if isinstance(value, (tuple, list)) else [str(value)]
 
 
 def slots():
     return parallel or torch.cuda.device_count() or os.cpu_count() or 1
 
 
-def train_to(step, folder, given, slot):
-    """Train a run up to a step, or on from where it is, and give its checkpoint there"""
-    path = Path(folder) / f"step_{step:08d}.safetensors"
+def call(script, given):
+    """Run a script on this thread's share of the machine; ValueError holds the last line of one that fails."""
+    if code_hash() != json.loads(Path(out, "study.json").read_text())["model.py"]:
+        raise ValueError("model.py was changed while the study ran: restore it, or begin again with another --out")
+    if torch.cuda.is_available():
+        visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+        gpus = visible or range(torch.cuda.device_count())
+        slot = int(threading.current_thread().name.rpartition("_")[2])  # the pool numbers its threads
+        share = {"CUDA_VISIBLE_DEVICES": str(gpus[slot % len(gpus)])}
+    else:
+        share = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // slots()))}
+    words = [word for name, value in given.items() for word in (f"--{name}", *words_of(value))]
+    done = subprocess.run([sys.executable, *script, *words], text=True, check=False, capture_output=True,
+                          env=os.environ | {"EXIT_WITH_PARENT": "1"} | share)
+    if done.returncode:
+        raise ValueError(f"{' '.join(script)} for {given['out']}: {(done.stderr.strip() or '?').splitlines()[-1]}")
+
+
+def train(arm, folder, step, **changes):
+    """Train a run up to a step, or on from where it is, and return its checkpoint there."""
+    path = folder / f"step_{step:08d}.safetensors"
     if not path.exists():
-        call(["train.py", CONFIG], {**given, "max_steps": step, "out": folder}, slot)
+        given = {name: value for name, value in arm.changes.items() if name != "tail"} | changes
+        call(["train.py", config], given | OWN | {"data": data, "val_data": val_data, "max_steps": step, "out": folder})
     return path
 
 
-def scores_of(path, slot):
-    """Attribute scores of a checkpoint, with pairs seen in training: {name: (right, of)}; {} on other sets"""
-    if read_info(data[0])["settings"]["source"] != "shapes" or not count:
+def attribute_scores(path):
+    """Return {attribute: [right, of]} of pictures that a checkpoint of the drawn set draws; {} of other sets."""
+    if read_info(min_side(data[0])[0])["settings"]["source"] != "shapes" or not count:
         return {}
-    scores = path.with_suffix(".scores.json")
-    if not scores.exists():
-        given = {"checkpoint": path, "count": count, "sampler": "dpmpp_2m", "steps": 20, "out": scores}
-        call(["eval_shapes.py"], given, slot)
-    return json.loads(scores.read_text())["scores"]["pairs seen in training"]["network"]
+    results = path.with_suffix(".scores") / "results.json"
+    if not results.exists():
+        call(["eval_fid.py"], {"checkpoint": path, "captions": "shapes", "count": count, "sampler": "dpmpp_2m",
+                               "steps": 20, "out": results.parent})
+    return json.loads(results.read_text(encoding="utf-8"))["results"][0]["attributes"]
 
 
-def logged(folder):
-    """(seconds of training alone up to each step, [(step, validation loss, losses by noise level)]) of a run"""
-    entries = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-    batch, last, seconds, total = run_of(CONFIG)[1]["batch_size"], 0, {0: 0.0}, 0.0
-    for e in entries:
-        if "images_per_s" in e:
-            total += (e["step"] - last) * batch / e["images_per_s"]
-            last = e["step"]
-            seconds[last] = total
-    return seconds, [(e["step"], e["val_loss"], e["val_loss_by_sigma"]) for e in entries if "val_loss" in e]
+def run(arm, seed):
+    """Train and measure an arm with a seed, and keep the result."""
+    folder, points = Path(out, arm.name, f"seed{seed}"), {}
+    for steps, _ in sorted(arm.plan.values()):
+        train(arm, folder, steps, seed=seed)
+    for point, (steps, tail_steps) in arm.plan.items():
+        path, parts = train(arm, folder, steps, seed=seed), [(folder, steps, arm.step_flops)]
+        if tail_steps:
+            # another seed, or it would meet the pictures of the first steps again in their order; its average starts
+            # anew and is shorter, as the part is short
+            tail = folder.with_name(f"seed{seed}-equal-{point}")
+            path = train(arm, tail, tail_steps, mask_ratio=0.0, warmup_steps=0, init_from=path, init_optimizer=True,
+                         seed=seed + 1000, ema_start=1, ema_decay=min(0.98, arm.settings["ema_decay"]))
+            parts.append((tail, tail_steps, arm.unmasked_flops))
+        points[point] = measured(parts, arm) | {"scores": attribute_scores(path)}
+    result = {"arm": arm.name, "seed": seed, "model_sha256": code_hash(), "points": points}
+    write_json(folder.with_suffix(".json"), result)
+    losses = [f"{p['val_loss']:.4f} at equal {point} ({p['step']:,} steps)" for point, p in points.items()]
+    print(f"{arm.name}, seed {seed}: {', '.join(losses)}", flush=True)
 
 
-def run(arm, seed, slot):
-    """Train and measure one arm and seed -> what goes into its JSON file"""
-    f = step_flops(arm)
-    found = {"arm": arm, "seed": seed, "protocol": protocol(arm), "parameters": f["parameters"], "points": {}}
-    if arm == "deferred+unmasked":
-        for point in ("steps", "flops"):
-            found["points"][point] = run_tail(point, seed, slot)
-        found["curve"] = found["points"]["flops"].pop("curve")
-        del found["points"]["steps"]["curve"]
-        return found
-    folder, points = f"{out}/{arm}/seed{seed}", equal_points(arm)
-    paths = train_along(arm, seed, slot)
-    seconds, losses = logged(folder)
-    for point, step in points.items():
-        loss, by_sigma = next((loss, by_sigma) for s, loss, by_sigma in losses if s == step)
-        found["points"][point] = {"step": step, "tflop": step * f["step"] / 1e12, "seconds": seconds[step],
-                                  "val_loss": loss, "by_sigma": by_sigma, "scores": scores_of(paths[step], slot)}
-    found["curve"] = [(step * f["step"] / 1e12, loss) for step, loss, _ in losses]
-    return found
+def measured(parts, arm):
+    """Return the last validation, seconds of training and the curve of parts [(folder, steps, FLOPs of a step)]."""
+    flops, seconds, curve, batch_size = 0.0, 0.0, [], arm.settings["batch_size"]
+    for folder, steps, each in parts:
+        log = [entry for entry in read_jsonl(folder / "log.jsonl") if entry["step"] <= steps]
+        validations, rates = ([entry for entry in log if key in entry] for key in ("val_loss", "images_per_s"))
+        curve += [((flops + e["step"] * each) / 1e12, e["val_loss"]) for e in validations]
+        for last, e in zip([0, *(e["step"] for e in rates)], rates):
+            seconds += (e["step"] - last) * batch_size / e["images_per_s"]
+        flops += steps * each
+    return {"parameters": arm.parameters, "step": sum(steps for _, steps, _ in parts), "tflop": flops / 1e12,
+            "seconds": seconds, "val_loss": validations[-1]["val_loss"], "curve": curve}
 
 
-def train_along(arm, seed, slot):
-    """{step: checkpoint} wherever the arm is compared, and "deferred" also where the unmasked part branches off"""
-    wanted = set(equal_points(arm).values())
-    if arm == "deferred":
-        wanted |= {tail_of(point)[0] for point in ("steps", "flops")}
-    folder = f"{out}/{arm}/seed{seed}"
-    return {step: train_to(step, folder, options(arm, seed), slot) for step in sorted(wanted)}
-
-
-def run_tail(point, seed, slot):
-    """The unmasked part that branches off the run "deferred" with its weights and moments"""
-    masked, unmasked = tail_of(point)
-    trunk, f = f"{out}/deferred/seed{seed}", step_flops("deferred")
-    start = train_along("deferred", seed, slot)[masked]
-    folder = f"{out}/deferred+unmasked/seed{seed}-equal-{point}"
-    # another seed, so that it does not meet the pictures of the first steps again in their order; the average starts
-    # with it and is shorter, as the part is short
-    given = options("deferred", seed) | {"mask_ratio": 0.0, "warmup_steps": 0, "init_from": start,
-                                         "init_optimizer": True, "seed": seed + 1000, "ema_start": 1, "ema_decay": 0.98}
-    path = train_to(unmasked, folder, given, slot)
-    (before, _), (after, losses) = logged(trunk), logged(folder)
-    spent = masked * f["masked"]
-    return {"step": masked + unmasked, "tflop": (spent + unmasked * f["unmasked"]) / 1e12, "val_loss": losses[-1][1],
-            "seconds": before[masked] + after[unmasked], "by_sigma": losses[-1][2], "scores": scores_of(path, slot),
-            "curve": [((spent + step * f["unmasked"]) / 1e12, loss) for step, loss, _ in losses]}
-
-
-def protocol(arm):
-    """What a run of an arm is a function of, besides its seed; all runs in a table must agree on it"""
-    sets = {}
-    for folder in (*data, *val_data):
-        info = read_info(folder)
-        sets[folder] = [info["rows"], info.get("source_hash", ""), info["settings"]]
-    return json.loads(json.dumps({"data": data, "val_data": val_data, "budget": budget, "tail": tail, "count": count,
-                                  "config": read_config(CONFIG, run_of(CONFIG)[1]), "arm": ARMS[arm][1], "sets": sets}))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# All of them
-
-
-def result_path(arm, seed):
-    return Path(out) / arm / f"seed{seed}.json"
-
-
-def run_all():
-    """Make what is missing, `slots()` runs side by side"""
-    wanted = [(arm, seed) for seed in seeds for arm in arms]
-    missing = [job for job in wanted if not result_path(*job).exists()]
-    print(f"{len(wanted)} runs, {len(missing)} of them to make, {slots()} side by side, into {out}/", flush=True)
-    # a job is a seed and arms to make one after the other: "deferred+unmasked" goes on where "deferred" was
-    together = [(seed, [arm for arm in BRANCHED if (arm, seed) in missing]) for seed in seeds]
-    alone = [(seed, [arm]) for arm, seed in missing if arm not in BRANCHED]
-    free = queue.SimpleQueue()
-    for slot in range(slots()):
-        free.put(slot)
-
-    def make(seed, names):
-        slot = free.get()
-        for arm in names:
-            keep_result(run(arm, seed, slot))
-        free.put(slot)
-    stopped.clear()
+def run_all(chosen):
+    """Make the runs that are missing, slots() of them side by side."""
+    missing = [(arm, seed) for seed in seeds for arm in chosen if not Path(out, arm.name, f"seed{seed}.json").exists()]
+    print(f"{len(seeds) * len(chosen)} runs, {len(missing)} to make, {slots()} side by side, into {out}/", flush=True)
     with ThreadPoolExecutor(slots()) as pool:
-        jobs = [pool.submit(make, *job) for job in sorted(together + alone, key=lambda job: (job[0], -len(job[1])))]
         try:
-            for job in as_completed(jobs):
+            for job in as_completed([pool.submit(run, *job) for job in missing]):
                 job.result()
-        except BaseException:
-            stopped.set()
+        finally:  # after a failure the runs under way are finished, and no other is begun
             pool.shutdown(cancel_futures=True)
-            raise
 
 
-def keep_result(found):
-    path = result_path(found["arm"], found["seed"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, lambda file: file.write((json.dumps(found, indent=1) + "\n").encode()))
-    print(f"{found['arm']}, seed {found['seed']}: " + ", ".join(
-        f"{p['val_loss']:.4f} at equal {name} ({p['step']:,} steps, {p['seconds'] / 60:.1f} min)"
-        for name, p in found["points"].items()), flush=True)
+def table(study, results, point):
+    """Format a row for each arm, with mean ± standard deviation over its seeds.
 
-
-def read_all():
-    """{arm: [result of each seed]} of all runs in `out`, in the order of ARMS; ValueError if they do not go together"""
-    found = {}
-    for arm in ARMS:
-        for path in sorted((Path(out) / arm).glob("seed*.json")):
-            result = json.loads(path.read_text(encoding="utf-8"))
-            differ = [k for k, v in protocol(arm).items() if result["protocol"].get(k) != v]
-            if differ:
-                raise ValueError(f"{path} was made with another {', '.join(differ)}: give another --out, or delete it")
-            found.setdefault(arm, []).append(result)
-    return found
-
-
-def mean_and_spread(values, form):
-    text = form.format(statistics.mean(values))
-    return text + (f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else "")
-
-
-def table(found, point):
-    """Markdown: a row for each arm, mean ± standard deviation over its seeds.
-
-    Of the minutes the least, as other work on the machine only adds to them.
+    Of the minutes it has the least, as other work on the machine only adds to them.
     """
-    names = ("background", "color", "size", "shape")
-    scored = any(r["points"][point]["scores"] for results in found.values() for r in results)
-    head = ["arm", "seeds", "parameters", "steps", "training TFLOP", "validation loss", "minutes of training"]
-    rows = [head + [f"{name}, %" for name in names] * scored]
-    for arm, results in found.items():
-        at = [r["points"][point] for r in results]
-        rows.append([f"{arm}: {ARMS[arm][0]}", str(len(at)), f"{results[0]['parameters'] / 1e6:.2f} M",
-                     f"{at[0]['step']:,}", f"{at[0]['tflop']:.2f}",
-                     mean_and_spread([p["val_loss"] for p in at], "{:.4f}"),
+    scored = [name for name in ("background", "color", "size", "shape") if results[0]["points"][point]["scores"]]
+    rows = [["arm", "seeds", "parameters", "steps", "training TFLOP", "validation loss", "minutes of training",
+             *(f"{name}, %" for name in scored)]]
+    for arm in dict.fromkeys(result["arm"] for result in results):
+        words = [f"{name}={','.join(words_of(value))}" for name, value in study[f"arm {arm}"].items()]
+        at = [result["points"][point] for result in results if result["arm"] == arm]
+        rows.append([" ".join([arm, *words]), str(len(at)), f"{at[0]['parameters'] / 1e6:.2f} M", f"{at[0]['step']:,}",
+                     f"{at[0]['tflop']:.2f}", mean_and_spread([p["val_loss"] for p in at]),
                      f"{min(p['seconds'] for p in at) / 60:.1f}"])
-        for name in names if scored else ():
-            rows[-1].append(mean_and_spread([100 * p["scores"][name][0] / p["scores"][name][1] for p in at], "{:.0f}"))
-    rows.insert(1, ["---"] * len(rows[0]))
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+        for name in scored:
+            percents = [100 * right / of for right, of in (p["scores"][name] for p in at)]
+            rows[-1].append(mean_and_spread(percents, "{:.0f}"))
+    return markdown(rows)
 
 
-def curves(found):
-    """{arm: [(TFLOP, mean loss, lowest, highest of the seeds)]}"""
-    lines = {}
-    for arm, results in found.items():
-        together = zip(*([tuple(p) for p in r["curve"]] for r in results))
-        at = [(same[0][0], [loss for _, loss in same]) for same in together]
-        lines[arm] = [(x, statistics.mean(ys), min(ys), max(ys)) for x, ys in at if x > 0.15 * budget]
-    return {arm: points for arm, points in lines.items() if points}
-
-
-def main():
-    unknown = [arm for arm in arms if arm not in ARMS]
-    if unknown or not arms:
-        raise ValueError(f"no arm {', '.join(unknown)}: there are {', '.join(ARMS)}")
-    if not seeds or budget <= 0 or not 0 < tail < 1 or parallel < 0:
-        raise ValueError(f"seeds {seeds}, budget {budget}, tail {tail}, parallel {parallel}: at least one seed, a "
-                         "budget above 0, a tail between 0 and 1, and parallel at least 0")
-    small = [arm for arm in arms if min(equal_points(arm).values()) < 1] + [
-        arm for arm in arms if arm in BRANCHED and min(n for p in ("steps", "flops") for n in tail_of(p)) < 1]
-    if small:
-        raise ValueError(f"a budget of {budget} TFLOP is less than a step for a part of {', '.join(small)}")
-    read_all()
-    run_all()
-    found = read_all()
-    text = "\n\n".join(f"At equal {'training FLOPs' if point == 'flops' else 'steps'}:\n\n{table(found, point)}"
-                       for point in ("flops", "steps"))
-    (Path(out) / "table.md").write_text(text + "\n", encoding="utf-8")
-    print(f"\n{text}\n\n{out}/table.md")
-    lines = curves(found)
-    for name, chosen in (("curves", MAIN), ("parts", ["deferred", *(arm for arm in lines if arm not in MAIN)])):
-        shown = {arm: lines[arm] for arm in chosen if arm in lines}
-        if set(shown) - {"deferred"} or name == "curves" and shown:
-            plot(Path(out) / f"{name}.png", shown, "training TFLOP", "unmasked validation loss", log=True)
-            print(f"{out}/{name}.png")
+def main(given=()):
+    if not seeds or parallel < 0:
+        raise ValueError(f"seeds {seeds}, parallel {parallel}: at least one seed, and parallel at least 0")
+    chosen = choose_arms(given)
+    study = open_study(chosen)
+    run_all(chosen)
+    results = read_results(study)
+    text = "\n\n".join(f"At equal {title}:\n\n{table(study, results, point)}"
+                       for point, title in (("flops", "training FLOPs"), ("steps", "steps")))
+    Path(out, "table.md").write_text(text + "\n", encoding="utf-8")
+    lines = {arm.name: band([r["points"]["flops"]["curve"] for r in results if r["arm"] == arm.name]) for arm in chosen}
+    lines = {name: [p for p in points if p[0] > 0.15 * budget] for name, points in lines.items()}
+    plot(Path(out, "curves.png"), lines, "training TFLOP", "unmasked validation loss", log=True)
+    print(f"\n{text}\n\n{out}/table.md, {out}/curves.png")
 
 
 if __name__ == "__main__":
     try:
-        main()
+        main(given_arms)
     except (ValueError, OSError) as error:
-        raise SystemExit(f"masking.py: {error}") from None
+        raise SystemExit(f"ablate.py: {error}") from None
     except KeyboardInterrupt:
-        raise SystemExit("masking.py: stopped. The same command goes on") from None
+        raise SystemExit("ablate.py: stopped. The same command goes on") from None

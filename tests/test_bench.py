@@ -1,25 +1,28 @@
-"""bench.py and flops.py: the arithmetic, and that what measures a GPU runs."""
+"""bench.py and common/flops.py: the arithmetic, and that what measures a GPU runs."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import launch
 
 import bench
-from common.flops import forward_flops, matmul_rate, parameters
+from common import flops
+from common.flops import forward_flops, parameters
 from model import MicroDiT, MicroDiTConfig
 
-SMALL = MicroDiTConfig(
-    latent_size=8, dim=32, depth=4, head_dim=16, mlp_multiple=16, mixer_depth=2, mixer_dim=32, num_experts=2
-)
+SMALL = MicroDiTConfig(latent_size=8, dim=32, depth=4, head_dim=16, mlp_multiple=16, mixer_depth=2, mixer_dim=32,
+                       num_experts=2)  # fmt: skip
+RUN = {"batch_size": 4, "micro_batch_size": 2, "max_steps": 900, "unmasked_steps": 0, "mask_ratio": 0.5,
+       "weight_decay": 0.1, "ema_decay": 0.9, "grad_clip": 1.0}  # fmt: skip
 
 
-def test_arithmetic_of_the_four_phases(monkeypatch):
-    runs = [
-        bench.run_of(f"config/{name}.py") for name in ("xl2_256", "xl2_256_unmasked", "xl2_512", "xl2_512_unmasked")
-    ]
-    assert sum(bench.run_flops(s, network) for _, s, network in runs) == pytest.approx(3.285e20, rel=1e-3)
+def test_arithmetic_of_the_four_phases():
+    names = ("xl2_256", "xl2_256_unmasked", "xl2_512", "xl2_512_unmasked")
+    runs = [bench.read_run(f"config/{name}.py") for name in names]
+    assert sum(flops.run_flops(s, network) for _, s, network in runs) == pytest.approx(3.285e20, rel=1e-3)
     for (_, s, network), mixer in zip(runs, (0.38, 0.15, 0.43, 0.15)):
-        shares = bench.where_it_goes(network, s["mask_ratio"])
+        shares = flops.flop_shares(network, s["mask_ratio"])
         assert shares["patch mixer"] == pytest.approx(mixer, abs=0.01) and sum(shares.values()) == pytest.approx(1)
         assert all(0 < share < 0.5 for share in shares.values())
 
@@ -38,50 +41,56 @@ def test_flops_by_hand():
     assert parameters(config)[0] == sum(p.numel() for p in MicroDiT(config).parameters())
 
 
-def test_masking_and_experts_count():
+def test_masking_experts_and_activations_count():
     assert forward_flops(MicroDiTConfig(), 0.75) < 0.4 * forward_flops(MicroDiTConfig())
     total, active = parameters(SMALL)
     assert total == active  # two experts of capacity two: every token meets both
     assert parameters(MicroDiTConfig())[1] == 712_457_488
-    assert matmul_rate(torch.device("cpu"), torch.float32, 256, 2) > 1e8
+    assert flops.matmul_rate(torch.device("cpu"), torch.float32, 256, 2) > 1e8
+    one, masked, wide = (flops.activation_bytes(replace(SMALL, dim=d, mixer_dim=d), mask)
+                         for d, mask in ((32, 0.0), (32, 0.75), (64, 0.0)))  # fmt: skip
+    assert masked < one and 1.7 * one < wide < 2.3 * one
+
+
+@pytest.mark.parametrize("edit", [torch.nonzero, torch.Tensor.item, lambda x: x[x > 0], lambda x: 1 if x > 0 else 0])
+def test_operations_that_depend_on_data_leave_the_flops_unknown(edit, monkeypatch, capsys):
+    def forward(self, x, *inputs, real=MicroDiT.forward, **options):
+        edit(x.sum())
+        return real(self, x, *inputs, **options)
+
+    monkeypatch.setattr(MicroDiT, "forward", forward)
+    for cached in (flops.flops_by_module, flops.warn_once):
+        cached.cache_clear()
+    assert forward_flops(SMALL) is None and forward_flops(SMALL, 0.75) is None and flops.run_flops(RUN, SMALL) is None
+    assert capsys.readouterr().err.count("FLOPs and MFU are not known") == 1
+    assert bench.efficiency(SMALL, 0.5, 1.0, 1e12) == "not known"
+    with pytest.raises(ValueError, match="neither its FLOPs nor its speed are known"):
+        bench.print_run("edited", RUN, SMALL)
+    monkeypatch.undo()
+    flops.flops_by_module.cache_clear()
 
 
 def test_what_measures_a_gpu_runs(monkeypatch, capsys):
-    for name, value in {"rounds": 1, "gpus": 1, "backend": "eager"}.items():
+    for name, value in {"rounds": 1, "gpus": 1, "backend": "eager", "price": 2.0, "profile": True}.items():
         monkeypatch.setattr(bench, name, value)
-    s = {
-        "batch_size": 4,
-        "micro_batch_size": 2,
-        "mask_ratio": 0.5,
-        "weight_decay": 0.1,
-        "ema_decay": 0.9,
-        "grad_clip": 1.0,
-    }
-    rate = bench.measure_config("small", s, SMALL, torch.device("cpu"), 1e12)
+    assert bench.measure_run("small", RUN, SMALL, torch.device("cpu"), 1e12) > 0
+    assert bench.print_run("small", RUN, SMALL, rate=1.0) == 1.0
     printed = capsys.readouterr().out
-    assert rate > 0 and all(
-        word in printed for word in ("compiled", "eager, one-hot", "MFU", "optimizer", "patch mixer")
-    )
-    monkeypatch.setattr(bench, "price", 2.0)
-    run = {"max_steps": 1000, "batch_size": 36, "unmasked_steps": 0, "mask_ratio": 0.5}
-    bench.print_recipe([("small", run, SMALL)], {"small": 10.0})
-    assert "1.0 hours, $2" in capsys.readouterr().out
+    assert all(word in printed for word in ("compiled", "eager", "MFU", "a step of 4", "aten::bmm", "1.0 hours, $2"))
+
+    def full(*arguments):
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(bench, "make_step", full)
+    assert bench.measure_run("small", RUN, SMALL, torch.device("cpu"), 1e12) is None
+    assert "small: out of memory with 2 pictures" in capsys.readouterr().out
 
 
-def test_activations_are_those_that_are_kept():
-    one, masked = (bench.activation_bytes(SMALL, mask) for mask in (0.0, 0.75))
-    assert masked < one
-    wide = MicroDiTConfig(**{**SMALL.__dict__, "dim": 64, "mixer_dim": 64})
-    assert 1.7 * one < bench.activation_bytes(wide, 0.0) < 2.3 * one
-
-
-def test_loader(script, tmp_path):
+def test_scripts(script, tmp_path):
     launch("prepare_latents.py", "--out", tmp_path / "d", "--limit=50", "--resolutions=16")
     printed = script("bench.py", "--loader", tmp_path / "d", "--rounds=1")
-    assert all(word in printed for word in ("50 rows", "page cache", "disk", "random rows, 4 threads", "GB/s"))
-
-
-def test_without_a_gpu_the_arithmetic(script):
+    assert all(word in printed for word in ("50 rows", "page cache", "disk", "4 threads", "GB/s"))
     printed = script("bench.py", "config/tiny2_256.py", "--rounds=1", "--batch_size=1", "--device=cpu")
     assert "200.7 M parameters" in printed and "GFLOP/s" in printed and "together" in printed
-    assert "no config file" in script("bench.py", "config/none.py", fails=True)
+    for wrong, word in (("config/none.py", "no config file"), ("--loader=nowhere", "nowhere")):
+        assert word in script("bench.py", wrong, fails=True)

@@ -1,4 +1,4 @@
-"""plot.py: what is drawn where."""
+"""common/plot.py: what is drawn where."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,10 @@ def test_ticks_are_round_and_inside():
         assert all(len(f"{t:.4g}") <= 6 for t in found)
 
 
-def test_what_has_no_place_is_refused(tmp_path):
-    for lines, log in (({}, False), ({"a": [(0, float("nan"))]}, False), ({"a": [(0, 0.0), (1, 1.0)]}, True)):
-        with pytest.raises(ValueError, match="a.png: there is nothing to plot, or a number that has no place"):
-            plot.plot(tmp_path / "a.png", lines, "x", "y", log=log)
+@pytest.mark.parametrize("lines, log", [
+    ({}, False), ({"a": [(0, float("nan"))]}, False), ({"a": [(0, 0.0), (1, 1.0)]}, True),
+    ({"a": [(0, 1.0)], "b": []}, False)])  # fmt: skip
+def test_what_has_no_place_is_refused(lines, log):
+    assert plot.line_plot({"a": [(0, 1.0)]}, "x", "y", title="t", size=(300, 200)).size == (300, 200)
+    with pytest.raises(ValueError, match="a line is empty, or a number has no place"):
+        plot.line_plot(lines, "x", "y", log=log)

@@ -1,0 +1,165 @@
+"""studies: what arms cost, a small study from the first run to the table, and curves of several runs."""
+
+import json
+from threading import Barrier
+from types import SimpleNamespace
+
+import pytest
+from conftest import launch
+from PIL import Image
+
+from studies import ablate
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    launch("prepare_latents.py", "--out", folder / "shapes", "--limit=200")
+    return (str(folder / "shapes"),)
+
+
+@pytest.fixture
+def study(data, tmp_path, monkeypatch):
+    """studies.ablate with a small budget, in this process"""
+    given = {"data": data, "out": str(tmp_path / "study"), "budget": 0.07, "count": 0, "seeds": (3,), "parallel": 0}
+    for name, value in (given | {"arms": ("naive",)}).items():
+        monkeypatch.setattr(ablate, name, value)
+    return ablate
+
+
+def test_arms_cost_what_they_should(study, monkeypatch):
+    monkeypatch.setattr(study, "budget", 10.0)
+    monkeypatch.setattr(study, "arms", tuple(study.ARMS))
+    arms = {arm.name: arm for arm in study.choose_arms([])}
+    deferred, naive, small, tail = (arms[n] for n in ("deferred", "naive", "small_dense", "deferred+unmasked"))
+    assert deferred.step_flops < 0.4 * deferred.unmasked_flops == 0.4 * arms["unmasked"].step_flops
+    assert small.step_flops == pytest.approx(deferred.step_flops, rel=0.05)
+    assert naive.unmasked_flops == pytest.approx(deferred.unmasked_flops, rel=0.02)
+    assert naive.parameters == pytest.approx(deferred.parameters, rel=0.05)
+    assert arms["unmasked"].plan["flops"] == arms["unmasked"].plan["steps"] == (815, 0)
+    for arm in arms.values():
+        (steps, unmasked), equal = arm.plan["flops"], arm.plan["steps"]
+        assert steps * arm.step_flops + unmasked * arm.unmasked_flops == pytest.approx(1e13, rel=2e-3)
+        assert sum(equal) == 815 and (equal[1] > 0) == (unmasked > 0) == (arm is tail)
+    for masked, unmasked in tail.plan.values():
+        parts = masked * tail.step_flops, unmasked * tail.unmasked_flops
+        assert parts[1] / sum(parts) == pytest.approx(0.25, abs=0.005)
+
+
+def test_a_small_study_and_its_restart(study, tmp_path, monkeypatch, capsys):
+    calls, real = [], study.call
+    monkeypatch.setattr(study, "call", lambda script, given: (calls.append(script[0]), real(script, given)))
+    given = [["base", "tail=0.25", "mlp_ratio=0.5,1"]]
+    study.main(given)
+    out = tmp_path / "study"
+    result = json.loads((out / "base/seed3.json").read_text())
+    (arm,) = study.choose_arms(given)
+    p = result["points"]["flops"]
+    assert result["points"]["steps"]["step"] == sum(arm.plan["steps"]) < p["step"]
+    assert p["tflop"] == pytest.approx(0.07, abs=0.013) and 0.5 < p["val_loss"] < 2 and p["seconds"] > 0
+    # the tail began where the masked run was, with its weights: other numbers than a start from scratch would give
+    first = next(map(json.loads, (out / "base/seed3-equal-flops/log.jsonl").open()))
+    trunk = [e["loss"] for e in map(json.loads, (out / "base/seed3/log.jsonl").open()) if "loss" in e]
+    assert first["loss"] < trunk[0]
+    text = (out / "table.md").read_text()
+    assert "At equal training FLOPs" in text and "| base tail=0.25 mlp_ratio=0.5,1.0 | 1 | " in text
+    assert Image.open(out / "curves.png").size[0] > 500
+    assert calls == ["train.py"] * 4  # the masked run to two steps, and two unmasked parts
+    (out / "base/seed3.json").unlink()  # as if it had been stopped before the last file
+    study.main(given)
+    assert len(calls) == 4 and (out / "table.md").read_text() == text
+    with pytest.raises(ValueError, match="made with another arm base: give another --out"):
+        study.main([["base", "tail=0.5"]])
+    with monkeypatch.context() as patch:
+        patch.setattr(study, "code_hash", lambda: "edited")
+        with pytest.raises(ValueError, match="made with another model.py: give another --out, or restore it"):
+            study.main(given)
+        with pytest.raises(ValueError, match="model.py was changed while the study ran"):
+            real(["train.py"], {})
+    (out / "study.json").unlink()  # results of another version have none
+    (out / "base/seed3.json").write_text(json.dumps(result | {"model_sha256": "older"}))
+    with pytest.raises(ValueError, match="made with another model.py"):
+        study.main(given)
+
+
+@pytest.mark.parametrize("given, changed, words", [
+    ([["a", "dpeth=3"]], {}, "arm a: unknown setting 'dpeth': the nearest is 'depth'"),
+    ([["a", "depth=three"]], {}, "arm a: --depth is 'three': it must be a whole number"),
+    ([["a", "seed=3"]], {}, "unknown setting 'seed'"), ([["a", "dim=100"]], {}, "dim 100 is not a multiple"),
+    ([["a", "attn_ratio=1"]], {}, "attn_ratio"), ([["a", "batch_size=0"]], {}, "batch_size must be above 0"),
+    ([["a", "tail=1"]], {}, "below 1"), ([["a", "tail=0.0001"]], {}, "less than a step for a part"),
+    ([["a"], ["a"]], {}, "a name of its own"), ([["depth=3"]], {}, "a name of its own"), ([[]], {}, "a name"),
+    ([["a", "learning_rate=-1"]], {}, "config/masking.py for .*seed3: train.py: learning_rate is -1.0"),
+    ([], {"arms": ("deffered",)}, "no arm deffered: there are unmasked"), ([], {"data": ("nowhere",)}, "nowhere"),
+    ([], {"seeds": ()}, "at least one seed"), ([], {"config": "config/none.py"}, "no config file"),
+    ([], {"forward_flops": lambda *_: None}, "FLOPs are not known")])  # fmt: skip
+def test_what_cannot_be_is_refused(study, monkeypatch, given, changed, words):
+    for name, value in changed.items():
+        monkeypatch.setattr(study, name, value)
+    with pytest.raises(ValueError, match=words):
+        study.main(given)
+
+
+def test_the_command_line(script):
+    words = ["ablate.py", "--arm", "a", "--arm", "b", "dim=96", "p_mean=-1", "--seeds", "0", "1", "--arm", "c"]
+    assert ablate.take_arms(words) == [["a"], ["b", "dim=96", "p_mean=-1"], ["c"]]
+    assert words == ["ablate.py", "--seeds", "0", "1"]
+    for name in ("ablate", "compare", "prepare_speed"):
+        assert f"python -m studies.{name}" in script(f"studies/{name}.py", "--help")
+        assert "nearest is" in script(f"studies/{name}.py", "--sedes=3", fails=True)
+    assert "nowhere" in script("studies/ablate.py", "--arm", "a", "dim=96", "--data=nowhere", fails=True)
+
+
+def test_scores_come_from_eval_fid(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "count", 2)
+
+    def call(script, given):
+        assert script == ["eval_fid.py"] and given["captions"] == "shapes" and given["count"] == 2
+        given["out"].mkdir()
+        (given["out"] / "results.json").write_text('{"results": [{"attributes": {"color": [1, 2]}}]}')
+
+    monkeypatch.setattr(study, "call", call)
+    assert study.attribute_scores(tmp_path / "step_1.safetensors") == {"color": [1, 2]}
+
+
+def test_every_run_has_a_gpu_of_those_that_are_given(study, tmp_path, monkeypatch):
+    seen, both = [], Barrier(2)
+
+    def start(command, env, **options):
+        both.wait(60)  # two are run side by side
+        seen.append(env["CUDA_VISIBLE_DEVICES"])
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(study.subprocess, "run", start)
+    monkeypatch.setattr(study.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(study.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(study, "run", lambda arm, seed: study.call(["x.py"], {}))
+    monkeypatch.setattr(study, "seeds", (0, 1))
+    arms = study.choose_arms([])
+    study.open_study(arms)
+    for visible in ("5,7", ""):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        study.run_all(arms)
+    assert [set(seen[:2]), set(seen[2:])] == [{"5", "7"}, {"0", "1"}]
+
+
+def write_run(folder, losses, seed, dim, model):
+    folder.mkdir()
+    settings = {"seed": seed, "dim": dim, "out": str(folder)}
+    (folder / "run.json").write_text(json.dumps({"settings": settings, "model_sha256": model}))
+    entries = [{"step": 1, "loss": 3.0}, *({"step": 100 * i, "val_loss": x} for i, x in enumerate(losses, 1))]
+    (folder / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
+    return folder
+
+
+def test_compare(script, tmp_path):
+    about = {"a": ([0.5, 0.1], 0, 8, "x"), "b": ([0.4], 2, 9, "x"), "c": ([0.4], 3, 8, "y"),
+             "d": ([0.5, 0.3, 0.2], 1, 8, "x"), "e": ([0.7], 1, 8, "x")}  # fmt: skip
+    a, b, c, d, e = (write_run(tmp_path / name, *values) for name, values in about.items())
+    printed = script("studies/compare.py", a, b, c, d, e, "--out", tmp_path / "c.png")
+    assert f"| {a} and 1 more | 0, 1 | 200 | 0.2000 ± 0.1414 |" in printed and f"| {d}" not in printed
+    for alone, loss in ((b, 0.4), (c, 0.4), (e, 0.7)):  # another setting, another model.py, the same seed again
+        assert f"| {alone} | {about[alone.name][1]} | 100 | {loss:.4f} |" in printed
+    assert Image.open(tmp_path / "c.png").size[0] > 500
+    for runs, words in (("runs/none", "runs/none"), ("--runs=", "which runs")):
+        assert words in script("studies/compare.py", runs, fails=True)
