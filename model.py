@@ -439,8 +439,8 @@ def edm_loss(net, latents, caption, sigma, noise, ids_keep=None, reduce=True):
     loss = (out - target).square().flatten(1).mean(1)
     while hasattr(net, "module"):  # of DDP
         net = net.module
-    if getattr(net, "training", False) and getattr(net, "extra_loss", None) is not None:
-        loss = loss + net.extra_loss
+    if getattr(net, "extra_loss", None) is not None:
+        loss, net.extra_loss = loss + net.extra_loss * net.training, None
     return loss.mean() if reduce else loss
 
 
