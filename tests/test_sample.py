@@ -1,4 +1,4 @@
-"""sample.py and eval_shapes.py on a small trained checkpoint."""
+"""sample.py on a small trained checkpoint."""
 
 import json
 import shutil
@@ -166,18 +166,6 @@ def test_a_truncated_checkpoint_is_named(script, runs, tmp_path):
     path = tmp_path / "step_00000006.safetensors"
     path.write_bytes(next((runs / "run1").glob("step_00000006*")).read_bytes()[:-10])
     assert f"{path} is not a whole checkpoint" in script("sample.py", "--prompt=a", "--checkpoint", path, fails=True)
-
-
-def test_scores_of_the_drawn_set(script, runs, tmp_path):
-    printed = script(
-        "eval_shapes.py", "--checkpoint", runs / "run1", "--count=6", "--steps=2", "--out", tmp_path / "scores.json"
-    )
-    report = json.loads((tmp_path / "scores.json").read_text())["scores"]
-    assert set(report) == {"pairs seen in training", "unseen pairs"}
-    for scores in report.values():
-        assert scores["network"].keys() == scores["drawn pictures"].keys()
-        assert scores["network"]["background"][1] == 6
-    assert "background" in printed and (tmp_path / "scores.png").exists() and (tmp_path / "scores.unseen.png").exists()
 
 
 def test_every_process_has_a_gpu_of_its_own(monkeypatch):
