@@ -98,8 +98,7 @@ FEW = 10_000  # pictures below which a distance says little
 @dataclass
 class Pictures:
     """A folder of pictures, and what is known of them"""
-    folder: Path
-    name: str                       # of the folder in the results
+    name: str                       # of the folder, below `out` if they are drawn here
     items: list                     # [(path, caption, or None where no metric needs it)]
     side: int                       # of the pictures, in pixels
     source: str                     # where the captions are from
@@ -118,8 +117,7 @@ def caption_sources(run):
         return (captions,)
     data = checkpoints.read(run, ("no tensors",))[0]["data"] if run.suffix == ".safetensors" else {}
     sets = data.get("settings", {})
-    sets = sets if isinstance(sets, list) else [sets]
-    if not sets or any(s.get("source") != "shapes" for s in sets):
+    if any(s.get("source") != "shapes" for s in (sets if isinstance(sets, list) else [sets])):
         raise ValueError(f"{run} is not of the drawn set: name prompts with --captions")
     return tuple(prompts.DRAWN)
 
@@ -135,9 +133,9 @@ def check_settings(chosen, distances, sources):
     is_folder = bool(reference) and Path(reference).is_dir()
     is_file = reference.endswith(".npz") and Path(reference).is_file()
     for refused, message in (
-            (count < 0 or resolution < 0 or batch_size < 1 or steps < 1 or not sigma_max > 0.002,
+            (min(count, resolution) < 0 or min(batch_size, steps) < 1,
              f"count {count} and resolution {resolution} must be at least 0, batch_size {batch_size} and steps {steps} "
-             f"at least 1, sigma_max {sigma_max} above 0.002"),
+             "at least 1"),
             ("attributes" in chosen and not set(sources) <= set(prompts.DRAWN),
              "the metric attributes is of the drawn set: --captions shapes"),
             (not scales or len(scales) < len(guidance_scales),
@@ -170,7 +168,7 @@ def existing_pictures(chosen):
                              "run the command that drew them again")
         wanted = prompts.read(captions, len(paths)) if prompts.in_order(captions) else []
         texts = prompts.captions_for(folder, paths, captions, wanted) if "clip_score" in chosen else [None] * len(paths)
-        sets.append(Pictures(Path(folder), folder, list(zip(paths, texts)), features.side_of(paths[0]), captions,
+        sets.append(Pictures(folder, list(zip(paths, texts)), features.side_of(paths[0]), captions,
                              wanted, description.get("guidance_scale"), description))
     return sets
 
@@ -186,7 +184,7 @@ def folders_to_draw(pipeline, prompt_lists):
                                          batch_size=batch_size) | {"guidance_scale": scale}
             drawn.open_folder(folder, description)
             items = [(folder / picture, caption) for picture, caption, _ in jobs]
-            sets.append(Pictures(folder, name, items, pipeline.size, source, wanted, scale, description))
+            sets.append(Pictures(name, items, pipeline.size, source, wanted, scale, description))
     return sets
 
 
@@ -372,8 +370,8 @@ def main():
     # the reference comes before the drawing, as it may be at fault
     statistics, about_reference = measure_reference(networks, real, side) if distances else ({}, None)
     for pictures in sets if run else ():
-        drawn.fill(pipeline, pictures.folder, jobs_of(pictures.prompts), batch_size, steps=steps, sampler=sampler,
-                   guidance_scale=pictures.guidance_scale, sigma_max=sigma_max)
+        drawn.fill(pipeline, Path(out) / pictures.name, jobs_of(pictures.prompts), batch_size, steps=steps,
+                   sampler=sampler, guidance_scale=pictures.guidance_scale, sigma_max=sigma_max)
     gathered("drawn")  # every process measures pictures that others drew
     entries = [judge(networks, pictures, statistics, side) for pictures in sets]
     if rank == 0:

@@ -35,7 +35,6 @@ import hashlib
 import json
 from pathlib import Path
 
-from PIL import Image
 from tqdm import tqdm
 
 from common.files import write_json, write_lines
@@ -44,21 +43,16 @@ from evaluation import geneval
 from evaluation.clip import Clip, tensors_hash
 from evaluation.detector import detect, load_detector, name_colors
 from evaluation.drawn import differences, hash_of
-from evaluation.processes import gathered, join
+from evaluation.processes import gathered, join, processes
 from pictures import decode
 
 NOTE = "its own weights, not mmdetection's: scores are close to published ones, not equal"
 
 
 def rules():
+    """Return the settings of geneval.kept()."""
     return {"threshold": threshold, "counting_threshold": counting_threshold, "max_objects": max_objects,
             "max_overlap": max_overlap}
-
-
-def lacks_colors(record, prompt):
-    """Return whether objects whose color the prompt asks for have none."""
-    groups = geneval.kept(record["objects"], prompt["tag"], **rules())
-    return any("color" not in thing for thing in geneval.color_wanted(groups, prompt))
 
 
 def look_at(filename, data, prompt, models):
@@ -125,13 +119,9 @@ def read_given(todo):
     if differ := sorted(records.keys() ^ set(names)):
         raise ValueError(f"{detections} and {images} are not of the same pictures: {len(differ)} are in one alone, as "
                          f"{', '.join(differ[:10])}")
-    for filename, path, prompt in todo:
-        with Image.open(path) as image:
-            size, given = image.size, (records[filename]["width"], records[filename]["height"])
-        if sorted(size) != sorted(given):  # sides change places if the file says that it is turned
-            raise ValueError(f"{detections}: {filename} is {given[0]} x {given[1]} there, the picture is {size[0]} x "
-                             f"{size[1]}")
-        if lacks_colors(records[filename], prompt):
+    for filename, _, prompt in todo:
+        groups = geneval.kept(records[filename]["objects"], prompt["tag"], **rules())
+        if any("color" not in thing for thing in geneval.color_wanted(groups, prompt)):
             raise ValueError(f"{detections}: objects whose color the prompt asks for have no \"color\" in {filename}")
     return header, [records[name] for name in names]
 
@@ -161,6 +151,7 @@ def print_scores(report):
 
 
 def check_settings():
+    """Refuse settings out of range."""
     if not images:
         raise ValueError("no images: give --images FOLDER, in GenEval's layout (sample.py writes it)")
     for name in ("threshold", "counting_threshold", "position_threshold", "max_overlap"):
@@ -178,7 +169,7 @@ def main():
     target = Path(out or folder / "geneval.json")
     stem = target.with_name(target.name.removesuffix(".json"))
     header, records = read_given(todo) if detections else run_detector(todo, stem)
-    if not records:
+    if processes()[0]:
         return
     results = [verdict(filename, prompt, record) for (filename, _, prompt), record in zip(todo, records)]
     report = {"images_folder": images, "detections": detections or None,

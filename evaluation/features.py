@@ -97,10 +97,8 @@ def measure(networks, items, resolution, side, batch_size, title):
 
 def side_of(path):
     """Return the side of a picture. Refuse one that is not square."""
-    try:
-        width, height = load(path.read_bytes(), 1).size
-    except Unusable as reason:
-        raise ValueError(f"{path} cannot be used: {reason}") from None
+    with Image.open(path) as image:
+        width, height = image.size
     if width != height:
         raise ValueError(f"{path} is {width} x {height}: pictures must be square, as Inception would squash them")
     return width

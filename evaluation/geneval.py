@@ -27,25 +27,20 @@ broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, 
 computer mouse, tv remote, computer keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock,
 vase, scissors, teddy bear, hair drier, toothbrush"""
 CLASSES = tuple(CLASSES.replace("\n", " ").split(", "))  # in COCO's order
-NUMBERS = int, float
-POSITIVE = (lambda v: type(v) is int and v > 0, "a whole number, 1 or more")
+TEXT = lambda v: isinstance(v, str) and v.strip(), "a text"
+LIST = lambda v: isinstance(v, list), "a list of objects"
+POSITIVE = lambda v: type(v) is int and v > 0, "a whole number, 1 or more"
 # What the keys of prompts and detections may hold, and how an error says it
 KEYS = {
     "tag": (lambda v: v in TASKS, f"one of {', '.join(TASKS)}"),
-    "prompt": (lambda v: isinstance(v, str) and v.strip(), "a text"),
-    "include": (lambda v: isinstance(v, list) and v, "a list of objects, at least one"),
-    "exclude": (lambda v: isinstance(v, list), "a list of objects"),
+    "prompt": TEXT, "include": LIST, "exclude": LIST, "count": POSITIVE,
     "class": (lambda v: v in CLASSES, "one of COCO's (as GenEval says: computer mouse, tv remote, computer keyboard)"),
-    "count": POSITIVE,
     "color": (lambda v: v in COLORS, f"one of {', '.join(COLORS)}"),
     "position": (lambda v: isinstance(v, list) and len(v) == 2 and v[0] in RELATIONS and v[1] in range(100),
                  f"one of {', '.join(RELATIONS)}, and the number of an earlier object"),
-    "filename": (lambda v: isinstance(v, str), "a text"),
-    "width": POSITIVE,
-    "height": POSITIVE,
-    "objects": (lambda v: isinstance(v, list), "a list of objects"),
-    "score": (lambda v: isinstance(v, NUMBERS) and 0 <= v <= 1, "a number from 0 to 1"),
-    "box": (lambda v: isinstance(v, list) and len(v) == 4 and all(isinstance(x, NUMBERS) for x in v)
+    "filename": TEXT, "width": POSITIVE, "height": POSITIVE, "objects": LIST,
+    "score": (lambda v: isinstance(v, (int, float)) and 0 <= v <= 1, "a number from 0 to 1"),
+    "box": (lambda v: isinstance(v, list) and len(v) == 4 and all(isinstance(x, (int, float)) for x in v)
             and 0 <= v[0] <= v[2] and 0 <= v[1] <= v[3], "[x1, y1, x2, y2] within the picture")}
 
 
@@ -69,6 +64,8 @@ def check(value, place, *required):
 def check_prompt(prompt, place):
     """Refuse what is not the description of a GenEval prompt."""
     check(prompt, place, "tag", "prompt", "include")
+    if not prompt["include"]:
+        raise ValueError(f"{place}: \"include\" is empty: nothing could be looked for")
     for key in ("include", "exclude"):
         for i, wanted in enumerate(prompt.get(key, [])):
             check(wanted, f"{place}, {key} {i}", "class", "count")
@@ -90,8 +87,8 @@ def numbered_lines(path):
     """Return [(JSON, place)] of the lines of a .jsonl file that are not empty."""
     if not Path(path).is_file():
         raise ValueError(f"no file {path}")
-    lines = enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1)
-    return [(parse(line, f"{path}, line {n}"), f"{path}, line {n}") for n, line in lines if line.strip()]
+    lines = [(line, f"{path}, line {n}") for n, line in enumerate(Path(path).read_text("utf-8").split("\n"), 1)]
+    return [(parse(line, place), place) for line, place in lines if line.strip()]
 
 
 def read_prompts(path):
@@ -110,7 +107,7 @@ def read_detections(path):
     A record is {"filename": "00000/samples/0000.png", "width", "height", "objects": [...]}.
     """
     lines, records = numbered_lines(path), {}
-    header = lines.pop(0)[0] if lines and "filename" not in lines[0][0] else {}
+    header = lines.pop(0)[0] if lines and isinstance(lines[0][0], dict) and "filename" not in lines[0][0] else {}
     for record, place in lines:
         check_detections(record, place)
         if record["filename"] in records:

@@ -38,25 +38,12 @@ def block_a(pool):
             ["average", ("branch_pool", pool, 1)]]
 
 
-def block_b():
-    return [[("branch3x3", 384, 3, 2, 0)],
-            [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3, 2, 0)],
-            ["max/2"]]
-
-
 def block_c(n):
     return [[("branch1x1", 192, 1)],
             [("branch7x7_1", n, 1), ("branch7x7_2", n, (1, 7)), ("branch7x7_3", 192, (7, 1))],
             [("branch7x7dbl_1", n, 1), ("branch7x7dbl_2", n, (7, 1)), ("branch7x7dbl_3", n, (1, 7)),
              ("branch7x7dbl_4", n, (7, 1)), ("branch7x7dbl_5", 192, (1, 7))],
             ["average", ("branch_pool", 192, 1)]]
-
-
-def block_d():
-    return [[("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3, 2, 0)],
-            [("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, (1, 7)), ("branch7x7x3_3", 192, (7, 1)),
-             ("branch7x7x3_4", 192, 3, 2, 0)],
-            ["max/2"]]
 
 
 def block_e(pool):
@@ -67,13 +54,20 @@ def block_e(pool):
             [pool, ("branch_pool", 192, 1)]]
 
 
+BLOCK_B = [[("branch3x3", 384, 3, 2, 0)],
+           [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3, 2, 0)],
+           ["max/2"]]
+BLOCK_D = [[("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3, 2, 0)],
+           [("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, (1, 7)), ("branch7x7x3_3", 192, (7, 1)),
+            ("branch7x7x3_4", 192, 3, 2, 0)],
+           ["max/2"]]
 NETWORK = [
     ("Conv2d_1a_3x3", 32, 3, 2, 0), ("Conv2d_2a_3x3", 32, 3, 1, 0), ("Conv2d_2b_3x3", 64, 3), "max/2",      # 73 x 73
     ("Conv2d_3b_1x1", 80, 1), ("Conv2d_4a_3x3", 192, 3, 1, 0), "max/2",                                     # 35 x 35
     ("Mixed_5b", block_a(32)), ("Mixed_5c", block_a(64)), ("Mixed_5d", block_a(64)),
-    ("Mixed_6a", block_b()), ("Mixed_6b", block_c(128)), ("Mixed_6c", block_c(160)), ("Mixed_6d", block_c(160)),
+    ("Mixed_6a", BLOCK_B), ("Mixed_6b", block_c(128)), ("Mixed_6c", block_c(160)), ("Mixed_6d", block_c(160)),
     ("Mixed_6e", block_c(192)),                                                                             # 17 x 17
-    ("Mixed_7a", block_d()), ("Mixed_7b", block_e("average")), ("Mixed_7c", block_e("max"))]                # 8 x 8
+    ("Mixed_7a", BLOCK_D), ("Mixed_7b", block_e("average")), ("Mixed_7c", block_e("max"))]                    # 8 x 8
 
 
 class Convolution(nn.Module):
@@ -106,6 +100,7 @@ class Steps(nn.Module):
         return channels
 
     def follow(self, x, steps):
+        """Apply the steps to x."""
         for step in steps:
             if isinstance(step, str):
                 x = POOLS[step](x)

@@ -47,22 +47,16 @@ def read(source, count=0):
         else:
             if kind == ".jsonl" and not all(isinstance(json.loads(line), dict) for line in lines):
                 raise ValueError("a line is no JSON object")  # in training it would be left out
-            prompts = first_of_each(captions.records(path.name, path.read_bytes()))
+            first = {}  # the first caption of each picture
+            for number, (names, caption) in enumerate(captions.records(path.name, path.read_bytes())):
+                if caption:
+                    first.setdefault(names[0] if names else number, Prompt(caption, names[0] if names else ""))
+            prompts = list(first.values())
     except Exception as error:  # whatever a file of another layout provokes
         raise ValueError(f"captions file {path} cannot be read ({type(error).__name__}: {error})") from None
     if not prompts:
         raise ValueError(f"captions file {source} holds no captions")
     return prompts
-
-
-def first_of_each(records):
-    """Return a Prompt with the first caption of every picture."""
-    prompts = {}
-    for number, (names, caption) in enumerate(records):
-        if caption:
-            name = names[0] if names else ""
-            prompts.setdefault(name or number, Prompt(caption, name))
-    return list(prompts.values())
 
 
 def choose(prompts, count, seed, source):

@@ -51,9 +51,10 @@ SCALES = st.sampled_from([1e-3, 0.3, 1.0, 30.0])
 @given(SEEDS, st.integers(1, 40), SCALES, SCALES)
 def test_equal_to_scipy_at_full_rank(seed, dim, scale1, scale2):
     rng = np.random.default_rng(seed)
-    a, b = gaussian(rng, dim, 3 * dim + 5, scale1), gaussian(rng, dim, 3 * dim + 9, scale2, 0.1)
+    a, b = gaussian(rng, dim, 3 * dim + 5, scale1, 5.0), gaussian(rng, dim, 3 * dim + 9, scale2, 5.1)
     assert frechet.distance(*a, *b) == pytest.approx(scipys(*a, *b), rel=1e-6)
     assert frechet.distance(*a, *b) == pytest.approx(frechet.distance(*b, *a), rel=1e-9)
+    assert 0 <= frechet.distance(*a, *a) <= 1e-9 * scale1**2
 
 
 @settings(max_examples=60, deadline=None)
@@ -64,13 +65,7 @@ def test_equal_to_scipy_where_pictures_are_few(seed, dim, n1, n2):
     a, b = ((x.mean(0), np.cov(x, rowvar=False)) for x in (f, g))
     assert frechet.distance(*a, *b) == pytest.approx(scipys(*a, *b), abs=1e-4)
     assert frechet.distance(*a, *b) == pytest.approx(exact(f, g), rel=1e-6, abs=1e-9)
-
-
-@settings(max_examples=60, deadline=None)
-@given(SEEDS, st.integers(1, 60), st.integers(2, 90), st.sampled_from([1e-3, 1.0, 30.0]))
-def test_identical_statistics_are_at_no_distance(seed, dim, n, scale):
-    a = gaussian(np.random.default_rng(seed), dim, n, scale, 5.0)
-    assert 0 <= frechet.distance(*a, *a) <= 1e-9 * scale**2
+    assert 0 <= frechet.distance(*a, *a) <= 1e-9
 
 
 def test_known_distances():
@@ -132,25 +127,15 @@ def test_statistics_of_two_networks_are_refused():
 
 @settings(max_examples=40, deadline=None)
 @given(SEEDS, st.integers(1, 20), st.lists(st.integers(0, 30), min_size=1, max_size=6), st.sampled_from([0, 1, 1e3]))
-def test_sums_equal_numpys_mean_and_covariance(seed, dim, batches, mean):
+def test_sums_of_float32_equal_numpys_mean_and_covariance(seed, dim, batches, mean):
     rng = np.random.default_rng(seed)
-    parts = [rng.standard_normal((n, dim)) + mean for n in [2, *batches]]
-    whole, sums = np.concatenate(parts), frechet.Statistics(dim)
+    parts = [(rng.standard_normal((n, dim)) + mean).astype(np.float32) for n in [2, *batches]]
+    whole, sums = np.concatenate(parts).astype(np.float64), frechet.Statistics(dim)
     for part in parts:
         sums.add(part)
     sigma = np.cov(whole, rowvar=False).reshape(dim, dim)
     assert sums.n == len(whole)
     np.testing.assert_allclose(sums.mu, whole.mean(0), rtol=1e-12, atol=1e-12)
-    assert np.abs(sums.sigma - sigma).max() <= 1e-6 * np.abs(sigma).max()
-
-
-def test_float32_features_are_summed_in_float64():
-    # a sum of float32 would be off by 1e-3 here
-    f = (np.random.default_rng(0).standard_normal((40_000, 8)) + 1000).astype(np.float32)
-    sums = frechet.Statistics(8)
-    for part in np.array_split(f, 400):
-        sums.add(part)
-    sigma = np.cov(f.astype(np.float64), rowvar=False)
     assert np.abs(sums.sigma - sigma).max() <= 1e-6 * np.abs(sigma).max()
 
 
