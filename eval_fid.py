@@ -104,7 +104,7 @@ class Pictures:
     source: str                     # where the captions are from
     prompts: list                   # prompts.Prompt of each picture, where the source has an order
     guidance_scale: float = None
-    description: dict = None        # generated.json
+    description: dict = None        # of how they were drawn: generated.json
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,8 +164,10 @@ def existing_pictures(chosen):
     for folder in images:
         paths, description = prompts.pictures_of(folder), drawn.read_description(folder)
         if description and description["pictures"] != len(paths):
-            raise ValueError(f"{folder} holds {len(paths):,} pictures, {description['pictures']:,} were to be drawn: "
-                             "run the command that drew them again")
+            names = [f"{i:05d}.png" for i in range(description["pictures"])]
+            missing = [name for name in names if not (Path(folder) / name).exists()]
+            raise ValueError(f"{folder} holds {len(paths):,} pictures, {len(names):,} were to be drawn: missing are "
+                             f"{', '.join(missing[:10])}. Run the command that drew them again")
         wanted = prompts.read(captions, len(paths)) if prompts.in_order(captions) else []
         texts = prompts.captions_for(folder, paths, captions, wanted) if "clip_score" in chosen else [None] * len(paths)
         sets.append(Pictures(folder, list(zip(paths, texts)), features.side_of(paths[0]), captions,
@@ -177,11 +179,12 @@ def folders_to_draw(pipeline, prompt_lists):
     """Return the Pictures of each kind of prompts at each guidance scale. Refuse a folder that holds others."""
     sets = []
     for source, wanted in prompt_lists.items():
+        jobs = jobs_of(wanted)
+        common = drawn.describe(pipeline, jobs, steps=steps, sampler=sampler, sigma_max=sigma_max, seed=seed,
+                                batch_size=batch_size)
         for scale in dict.fromkeys(s if s >= 0 else pipeline.guidance_scale for s in guidance_scales):
             name = f"{source}/guidance_{scale:g}" if source in prompts.DRAWN else f"guidance_{scale:g}"
-            folder, jobs = Path(out) / name, jobs_of(wanted)
-            description = drawn.describe(pipeline, jobs, steps=steps, sampler=sampler, sigma_max=sigma_max, seed=seed,
-                                         batch_size=batch_size) | {"guidance_scale": scale}
+            folder, description = Path(out) / name, common | {"guidance_scale": scale}
             drawn.open_folder(folder, description)
             items = [(folder / picture, caption) for picture, caption, _ in jobs]
             sets.append(Pictures(name, items, pipeline.size, source, wanted, scale, description))
@@ -268,12 +271,12 @@ def measure_reference(networks, paths, side):
 # The work
 
 
-def load_networks(chosen, place):
+def load_networks(chosen, torch_device):
     """Return the networks that the metrics need."""
-    networks = {"fid": inception_network.load(inception, place, resize)} if "fid" in chosen else {}
+    networks = {"fid": inception_network.load(inception, torch_device, resize)} if "fid" in chosen else {}
     for metric, name in (("clip_fid", clip_fid), ("clip_score", clip)):
         if metric in chosen:
-            networks[metric] = Clip(name, place)
+            networks[metric] = Clip(name, torch_device)
     return networks
 
 
@@ -359,12 +362,12 @@ def main():
     for folder in (Path(out), Path(save_reference).parent):
         folder.mkdir(parents=True, exist_ok=True)
     rank, _ = join()
-    place = pick_device(device)
+    torch_device = pick_device(device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    networks = load_networks(chosen, place)
+    networks = load_networks(chosen, torch_device)
     if run:
-        pipeline = load_pipeline(run, place, ema=ema, vae=vae, text_encoder=text_encoder, dtype=dtype, offload=offload,
-                                 compile=compile, scaling_factor=scaling_factor)
+        pipeline = load_pipeline(run, torch_device, ema=ema, vae=vae, text_encoder=text_encoder, dtype=dtype,
+                                 offload=offload, compile=compile, scaling_factor=scaling_factor)
         sets = folders_to_draw(pipeline, prompt_lists)
     side = side_to_compare(sets)
     # the reference comes before the drawing, as it may be at fault
@@ -379,7 +382,7 @@ def main():
             entries = [entry | attribute_scores(pictures) for entry, pictures in zip(entries, sets)]
         write_results(entries, {
             "metrics": METRICS, "networks": {m: {"name": n.name, **n.about} for m, n in networks.items()},
-            "resolution": side, "device": place.type, "checkpoint": pipeline.name if run else None,
+            "resolution": side, "device": torch_device.type, "checkpoint": pipeline.name if run else None,
             "caption_seed": caption_seed, "reference": about_reference})
     gathered("written")
 

@@ -87,8 +87,8 @@ def detections_of(filename, path, prompt, folder, models, header):
 def run_detector(todo, stem):
     """Return (header, [the detections of each picture]) to the first process of torchrun, ({}, []) to the others."""
     rank, world = join()
-    place = pick_device(device)
-    model, tower = load_detector(detector, place), Clip(clip, place)
+    torch_device = pick_device(device)
+    model, tower = load_detector(detector, torch_device), Clip(clip, torch_device)
     header = {"made_by": "eval_geneval.py", "detector": detector, "detector_sha256": tensors_hash(model), "clip": clip,
               "clip_sha256": tower.about["network_sha256"], **rules()}
     folder, merged = stem.with_name(f"{stem.name}.detections"), stem.with_name(f"{stem.name}.detections.jsonl")
@@ -187,6 +187,8 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        raise SystemExit(f"eval_geneval.py: {error}") from None
+        # a ValueError is met by all processes alike, as settings and files are the same for them
+        alike = isinstance(error, ValueError) and processes()[0] > 0
+        raise SystemExit(1 if alike else f"eval_geneval.py: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit("eval_geneval.py: stopped. The same command goes on where it was") from None

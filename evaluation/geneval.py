@@ -140,13 +140,13 @@ def read_layout(folder):
     Refuse a prompt without description or images, and prompts with unequal numbers of images.
     """
     layout = []
-    for place in numbered(Path(folder).glob("*/")):
-        file = place / "metadata.jsonl"
+    for prompt_folder in numbered(Path(folder).glob("*/")):
+        file = prompt_folder / "metadata.jsonl"
         if not file.is_file():
             raise ValueError(f"{file} is missing: it holds the prompt's line of evaluation_metadata.jsonl")
         prompt = parse(file.read_text(encoding="utf-8"), file)
         check_prompt(prompt, file)
-        layout.append((prompt, numbered((place / "samples").glob("*.png"), r"\.png")))
+        layout.append((prompt, numbered((prompt_folder / "samples").glob("*.png"), r"\.png")))
     counts = [len(images) for _, images in layout]
     if not layout or min(counts) < max(counts) or not max(counts):
         uneven = [f"prompt {i} has {n}" for i, n in enumerate(counts) if n < max(counts) or not n]

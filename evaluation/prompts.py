@@ -12,12 +12,13 @@ from PIL import Image
 from pictures import captions, shapes
 from pictures.sources import pictures_below
 
-DRAWN = {"shapes": False, "shapes_unseen": True}  # only pairs of colour and shape that were held out of training?
+DRAWN = {"shapes": False, "shapes_unseen": True}  # kinds of the drawn set: are its pairs held out of training?
 FIRST_SCENE = 10_000_000  # no training set uses the seeds from here on
 
 
 @dataclass
 class Prompt:
+    """What a picture should show"""
     caption: str
     picture: str = ""           # name of the picture that the caption belongs to, where it has one
     attributes: dict = None     # of the drawn set: what the picture should show
