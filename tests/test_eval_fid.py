@@ -22,7 +22,6 @@ from transformers import CLIPModel, CLIPProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import eval_fid
-from configurator import setting_names
 from evaluation import clip, drawn, frechet, inception
 from pictures import decode, shapes
 
@@ -63,13 +62,12 @@ def evaluate(models, tmp_path, monkeypatch):
     """evaluate(**settings) -> results.json, in this process and with the small models"""
     small = {"clip": str(models / "clip"), "clip_fid": str(models / "clip-fid"), "out": str(tmp_path / "out"),
              "inception": str(models / "inception.pth"), "device": "cpu", "steps": 2, "batch_size": 4}  # fmt: skip
-    own = {name: getattr(eval_fid, name) for name in setting_names((ROOT / "eval_fid.py").read_text())}
 
     def run(**settings):
-        assert settings.keys() <= own.keys()
-        for name, value in (own | small | settings).items():
-            monkeypatch.setattr(eval_fid, name, value)
-        eval_fid.main()
+        with monkeypatch.context() as patch:
+            for name, value in (small | settings).items():
+                patch.setattr(eval_fid, name, value)
+            eval_fid.main()
         return json.loads((tmp_path / "out/results.json").read_text())
 
     return run
@@ -192,7 +190,7 @@ def test_captions_are_chosen_by_seed_and_the_reference_can_be_theirs(models, eva
 def test_the_coco_recipe_of_the_readme(models, evaluate, tmp_path):
     """Its command on a miniature in COCO's layout"""
     text = "".join(path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("evaluation.md")))
-    command = re.search(r"eval_fid\.py (--checkpoint \S+ --captions coco.*?)\n```", text, re.S)[1]
+    command = re.search(r"eval_fid\.py (--checkpoint \S+[\s\\]+--captions coco.*?)\n```", text, re.S)[1]
     given, name = {}, ""
     for word in shlex.split(command.replace("\\\n", " ")):
         name = word.removeprefix("--") if word.startswith("--") else name
