@@ -97,7 +97,7 @@ def draw_geneval():
             for n, (name, i, _) in enumerate(geneval.folders(prompts, images_per_prompt or 4))]
     how = {"guidance_scale": guidance_of(pipeline), "steps": steps, "sampler": sampler, "sigma_max": sigma_max,
            "negative_prompts": next(iter(negative_prompt), None)}
-    drawn.open_folder(out, drawn.describe(pipeline, jobs, batch_size=batch_size, seed=seed, **how), jobs)
+    drawn.open_folder(out, drawn.describe(pipeline, jobs, batch_size=batch_size, seed=seed, **how))
     if rank == 0:
         geneval.write_layout(out, prompts)
     drawn.fill(pipeline, out, jobs, batch_size, **how)

@@ -10,30 +10,30 @@ import torch
 
 
 def load_model(kind, name, model_type, architecture):
-    """A float32 model of transformers by hub id or folder; ValueError if it is not there, not whole or another kind."""
+    """Return a float32 model of transformers by hub id or folder. Refuse one that is missing, cut, or another kind."""
     from transformers import AutoConfig
     from transformers.utils import logging
     logging.set_verbosity_error()  # a checkpoint's stale buffers are no news
     logging.disable_progress_bar()
     try:
-        found = AutoConfig.from_pretrained(name).model_type
-        if found != model_type:
-            raise ValueError(f"it is of the kind {found}, {model_type} is wanted")
+        named = AutoConfig.from_pretrained(name).model_type
+        if named != model_type:
+            raise ValueError(f"it is of the kind {named}, {model_type} is wanted")
         model, report = architecture.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     except (OSError, ImportError) as error:
         raise ValueError(f"{kind} {name}: it is neither a folder here nor could it be fetched from the hub "
                          f"({type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]})") from None
     except ValueError as error:
         raise ValueError(f"{kind} {name}: {error}") from None
-    # missing weights would silently be random; those of a training loss are of no use here
-    if missing := sorted(key for key in report["missing_keys"] if not key.startswith("criterion.")):
-        more = " ..." * (len(missing) > 3)
-        raise ValueError(f"{kind} {name}: its file lacks weights: {', '.join(missing[:3])}{more}")
+    # Missing weights would silently be random. Those of a training loss (criterion) are of no use here.
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith("criterion."))
+    if missing:
+        raise ValueError(f"{kind} {name}: its file lacks {len(missing)} weights: {', '.join(missing[:3])}")
     return model.eval().requires_grad_(False)
 
 
 class Clip:
-    """Both towers, in float32. Pictures are prepared by Pillow as the model's files say (OpenAI: bicubic, centre)."""
+    """Both towers in float32. Pillow prepares pictures as the model's files say (OpenAI's: bicubic, centre)."""
 
     def __init__(self, name, device="cpu"):
         from transformers import CLIPModel, CLIPTokenizer
@@ -46,43 +46,36 @@ class Clip:
             raise ValueError(f"CLIP model {name}: it lacks its image processor or its tokenizer "
                              f"({(str(error).strip() or '?').splitlines()[0]})") from None
         self.name, self.length = str(name), self.model.config.text_config.max_position_embeddings
+        self.width, self.about = self.model.config.projection_dim, {"network_sha256": tensors_hash(self.model)}
 
     def prepare(self, picture):
-        """A PIL picture as the image tower wants it, (3, side, side)"""
+        """Return a PIL picture as the image tower wants it, (3, side, side)."""
         return self.processor(picture, return_tensors="pt")["pixel_values"][0]
 
     @torch.no_grad()
     def image(self, pictures):
-        """(B, D) of PIL pictures, or of what prepare() made of them"""
-        pixels = [p if torch.is_tensor(p) else self.prepare(p) for p in pictures]
-        return projected(self.model.get_image_features(pixel_values=torch.stack(pixels).to(self.model.device)))
+        """Return the features (B, D) of PIL pictures, or of what prepare() made of them."""
+        pixels = torch.stack([p if torch.is_tensor(p) else self.prepare(p) for p in pictures])
+        return self.model.get_image_features(pixel_values=pixels.to(self.model.device)).pooler_output
 
     @torch.no_grad()
     def text(self, texts):
-        """(B, D); texts are cut after 77 tokens"""
+        """Return the features (B, D) of texts, which are cut after 77 tokens."""
         batch = self.tokenizer(list(texts), padding="max_length", max_length=self.length, truncation=True,
                                return_tensors="pt").to(self.model.device)
-        return projected(self.model.get_text_features(**batch))
-
-    def sha256(self):
-        return tensors_hash(self.model)
+        return self.model.get_text_features(**batch).pooler_output
 
 
-def projected(found):
-    """transformers 5 gives the whole output of a tower, 4 its projection"""
-    return found if torch.is_tensor(found) else found.pooler_output
-
-
-def similarity(images, texts):
-    """Cosine (B,) of features (B, D) row by row"""
-    return torch.nn.functional.cosine_similarity(images.double(), texts.double())
+def clip_scores(images, texts):
+    """Return the CLIP scores (B,) of features (B, D) row by row: 100 times the cosine, and at least 0."""
+    return (100 * torch.nn.functional.cosine_similarity(images.double(), texts.double())).clamp_min(0)
 
 
 def tensors_hash(*modules):
-    """sha256 of the names and bytes of all parameters and buffers that a checkpoint holds"""
-    found = hashlib.sha256()
+    """Return the sha256 of the names and bytes of all parameters and buffers that a checkpoint holds."""
+    digest = hashlib.sha256()
     for module in modules:
         for name, t in sorted(module.state_dict().items()):
-            found.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
-            found.update(t.detach().contiguous().flatten().view(torch.uint8).cpu().numpy())
-    return found.hexdigest()
+            digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
+            digest.update(t.detach().contiguous().flatten().view(torch.uint8).cpu().numpy())
+    return digest.hexdigest()

@@ -2,7 +2,7 @@
 A folder of pictures that a network draws, which several processes fill together and which can be stopped at any moment.
 
     generated.json     what the pictures are a function of: prompts, sampler, seed, the hash of all weights
-    captions.jsonl     {"image", "caption", "seed"} of each picture
+    NAME.png           each with its prompt and seed inside, as sample.py writes them
 
 Pictures that are there are used again if generated.json is what it would be now; otherwise it is an error.
 """
@@ -17,94 +17,78 @@ from tqdm import tqdm
 
 from common.files import write_atomic
 from evaluation.clip import tensors_hash
-from evaluation.prompts import LISTED
+from evaluation.processes import processes
 from sampling.pipeline import GROUP, generate
 
 DESCRIBED = "generated.json"
 
 
-def processes():
-    """(rank, number of processes) under torchrun, (0, 1) without"""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def describe(model, jobs, **settings):
-    """What the pictures of the jobs [(name, prompt, seed)] are a function of, the weights' hash among it"""
-    weights = [getattr(part, "model", part) for part in (model.net, model.vae, model.text_encoder)]
+def describe(pipeline, jobs, **settings):
+    """Return what the pictures of the jobs [(name, prompt, seed)] are a function of, with the weights' hash."""
+    weights = [getattr(part, "model", part) for part in (pipeline.net, pipeline.vae, pipeline.text_encoder)]
     return {**settings, "pictures": len(jobs), "prompts_sha256": hash_of(jobs),
             "weights_sha256": tensors_hash(*(w for w in weights if isinstance(w, torch.nn.Module))),
-            "device": model.device.type, "dtype": str(model.dtype).removeprefix("torch."),
-            "vae": str(getattr(model.vae, "name", "pixels")), "scaling_factor": model.vae.scaling_factor,
-            "text_encoder": str(getattr(model.text_encoder, "name", "words"))}
+            "device": pipeline.device.type, "dtype": str(pipeline.dtype).removeprefix("torch."),
+            "vae": str(getattr(pipeline.vae, "name", "pixels")), "scaling_factor": pipeline.vae.scaling_factor,
+            "text_encoder": str(getattr(pipeline.text_encoder, "name", "words"))}
 
 
 def hash_of(value):
+    """Return the sha256 of a value's JSON."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def open_folder(folder, described, jobs):
-    """Make the folder for these pictures, or find it made; ValueError says what differs if it holds others."""
+def differences(earlier, now):
+    """Return the keys in which two descriptions differ, with both values, as a text."""
+    return "; ".join(f"{key}: {earlier.get(key)} there, {now.get(key)} now" for key in sorted({*earlier, *now})
+                     if earlier.get(key) != now.get(key))
+
+
+def open_folder(folder, description):
+    """Make the folder for these pictures, or find it made. Refuse one that holds others, and say what differs."""
     folder = Path(folder)
-    path = folder / DESCRIBED
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file, a folder is wanted: give another --out")
-    pictures = any(folder.rglob("*.png"))  # before the other file is looked for, as every process writes that first
-    if not pictures or not path.exists():
-        if pictures:
-            raise ValueError(f"{folder} holds pictures and no {DESCRIBED} that says what they are: give another --out")
+    pictures = any(folder.rglob("*.png"))  # looked for first, as every process writes the description before them
+    if pictures and not (folder / DESCRIBED).exists():
+        raise ValueError(f"{folder} holds pictures and no {DESCRIBED} that says what they are: give another --out")
+    if not pictures:
         folder.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps({"image": name, "caption": prompt, "seed": seed}) + "\n" for name, prompt, seed in jobs]
-        # processes of one run may all do this at once, each with a temporary file of its own
-        write_once(folder / LISTED, "".join(lines))
-        write_once(path, json.dumps(described, indent=1) + "\n")
-    there = read_described(folder)
-    differ = [f"{k}: {there.get(k)} there, {described.get(k)} now" for k in sorted({*there, *described})
-              if there.get(k) != described.get(k)]
-    if differ:
-        raise ValueError(f"{folder} holds pictures that were made otherwise ({'; '.join(differ)}): delete it or give "
-                         "another --out")
+        # all processes may write it at the same time, each through a temporary file of its own
+        temporary = folder / f"{DESCRIBED}.{os.getpid()}.tmp"
+        temporary.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, folder / DESCRIBED)
+    if differ := differences(read_description(folder), description):
+        raise ValueError(f"{folder} holds pictures that were made otherwise ({differ}): delete it or give another "
+                         "--out")
 
 
-def read_described(folder):
-    """What generated.json says, None if there is none; ValueError if it is damaged"""
+def read_description(folder):
+    """Return what generated.json says, {} if there is none."""
     path = Path(folder) / DESCRIBED
-    if not path.exists():
-        return None
     try:
-        there = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(there, dict):
-            raise ValueError("no JSON object")
-    except ValueError as error:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete {folder}, or move that file away") from None
-    return there
 
 
-def write_once(path, text):
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def fill(model, folder, jobs, batch_size, **drawing):
+def fill(pipeline, folder, jobs, batch_size, **drawing):
     """Draw this process's share of the missing pictures. jobs: [(name in the folder, prompt, seed)].
 
     Batches are the same whatever is missing and however many processes there are, as rounding depends on a picture's
     neighbours in its batch: a batch of which any picture is missing is drawn as a whole.
     """
     rank, world = processes()
-    size = max(batch_size, GROUP // batch_size * batch_size) if model.offload else batch_size
+    size = max(batch_size, GROUP // batch_size * batch_size) if pipeline.offload else batch_size
     batches = [jobs[i:i + size] for i in range(0, len(jobs), size)]
     todo = [b for b in batches[rank::world] if not all((Path(folder) / name).exists() for name, _, _ in b)]
     quiet = rank > 0 or not todo
     with tqdm(total=sum(map(len, todo)), unit=" pictures", desc=f"drawing {folder}", disable=quiet) as bar:
         for batch in todo:
             names, prompts, seeds = zip(*batch)
-            images = generate(model, prompts, seed=seeds, batch_size=batch_size, **drawing)
+            images = generate(pipeline, prompts, seed=seeds, batch_size=batch_size, **drawing)
             for name, prompt, seed, image in zip(names, prompts, seeds, images):
-                path = Path(folder) / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                info = PngInfo()
+                path, info = Path(folder) / name, PngInfo()
                 info.add_itxt("prompt", prompt)
                 info.add_itxt("seed", str(seed))
+                path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomic(path, lambda file: image.save(file, "PNG", pnginfo=info))
             bar.update(len(batch))

@@ -9,11 +9,12 @@ A detected object is {"class", "score", "box": [x1, y1, x2, y2]} with x2 and y2 
 "color". The rules are those of evaluation/evaluate_images.py there, the means those of evaluation/summary_scores.py.
 """
 import json
-import math
 import re
 from pathlib import Path
 
 import numpy as np
+
+from common.files import write_lines
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
@@ -26,150 +27,138 @@ broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, 
 computer mouse, tv remote, computer keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock,
 vase, scissors, teddy bear, hair drier, toothbrush"""
 CLASSES = tuple(CLASSES.replace("\n", " ").split(", "))  # in COCO's order
-RENAMED = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}  # COCO's name: GenEval's
+TEXT = lambda v: isinstance(v, str) and v.strip(), "a text"
+LIST = lambda v: isinstance(v, list), "a list of objects"
+POSITIVE = lambda v: type(v) is int and v > 0, "a whole number, 1 or more"
+# What the keys of prompts and detections may hold, and how an error says it
+KEYS = {
+    "tag": (lambda v: v in TASKS, f"one of {', '.join(TASKS)}"),
+    "prompt": TEXT, "include": LIST, "exclude": LIST, "count": POSITIVE,
+    "class": (lambda v: v in CLASSES, "one of COCO's (as GenEval says: computer mouse, tv remote, computer keyboard)"),
+    "color": (lambda v: v in COLORS, f"one of {', '.join(COLORS)}"),
+    "position": (lambda v: isinstance(v, list) and len(v) == 2 and v[0] in RELATIONS and v[1] in range(100),
+                 f"one of {', '.join(RELATIONS)}, and the number of an earlier object"),
+    "filename": TEXT, "width": POSITIVE, "height": POSITIVE, "objects": LIST,
+    "score": (lambda v: isinstance(v, (int, float)) and 0 <= v <= 1, "a number from 0 to 1"),
+    "box": (lambda v: isinstance(v, list) and len(v) == 4 and all(isinstance(x, (int, float)) for x in v)
+            and 0 <= v[0] <= v[2] and 0 <= v[1] <= v[3], "[x1, y1, x2, y2] within the picture")}
 
 
-def first(things, n=10):
-    """The first n of them as a text"""
-    return ", ".join(map(str, things[:n])) + f", and {len(things) - n} more" * (len(things) > n)
-
-
-def parse(text, where):
-    """The JSON object that a text holds"""
+def parse(text, place):
+    """Return the JSON that a text holds. `place` says where it stands, for the error."""
     try:
-        value = json.loads(text)
+        return json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{where}: it is no single JSON object ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{where}: a JSON object is wanted, it is {text.strip()[:60]}")
-    return value
+        raise ValueError(f"{place}: it is no single JSON object ({error})") from None
 
 
-def whole(value, least, below=math.inf):
-    return type(value) is int and least <= value < below
+def check(value, place, *required):
+    """Refuse a value that is no JSON object with the required keys, or has a wrong value at one of KEYS."""
+    if not isinstance(value, dict) or set(required) - set(value):
+        raise ValueError(f"{place}: a JSON object with {', '.join(required)} is wanted, not {json.dumps(value)[:200]}")
+    for key, (valid, description) in KEYS.items():
+        if key in value and not valid(value[key]):
+            raise ValueError(f"{place}: \"{key}\" is {value[key]!r}: it must be {description}")
 
 
-def check_class(name, where):
-    if name not in CLASSES:
-        known = f"'{RENAMED[name]}'" if name in list(RENAMED) else f"one of {first(CLASSES, 80)}"
-        raise ValueError(f"{where}: unknown class {name!r}: GenEval's name is {known}")
-
-
-def check_prompt(prompt, where):
-    """ValueError, beginning with `where`, if this is not the description of a GenEval prompt"""
-    for key in ("tag", "include", "prompt"):
-        if key not in prompt:
-            raise ValueError(f"{where}: there is no \"{key}\": {first(list(prompt)) or 'it is empty'}")
-    if prompt["tag"] not in TASKS:
-        raise ValueError(f"{where}: unknown tag {prompt['tag']!r}: the tasks are {first(TASKS)}")
-    if not isinstance(prompt["prompt"], str) or not prompt["prompt"].strip():
-        raise ValueError(f"{where}: the prompt is {prompt['prompt']!r}: it must be a text")
-    for key in ("include", "exclude"):
-        wanted = prompt.get(key, [])
-        if not isinstance(wanted, list) or not all(isinstance(want, dict) for want in wanted):
-            raise ValueError(f"{where}: \"{key}\" is {wanted!r}: it must be a list of objects")
-        for i, want in enumerate(wanted):
-            check_want(want, i, f"{where}: \"{key}\" {i}")
+def check_prompt(prompt, place):
+    """Refuse what is not the description of a GenEval prompt."""
+    check(prompt, place, "tag", "prompt", "include")
     if not prompt["include"]:
-        raise ValueError(f"{where}: \"include\" is empty: nothing could be looked for")
+        raise ValueError(f"{place}: \"include\" is empty: nothing could be looked for")
+    for key in ("include", "exclude"):
+        for i, wanted in enumerate(prompt.get(key, [])):
+            check(wanted, f"{place}, {key} {i}", "class", "count")
+            if wanted.get("position", ("", -1))[1] >= i:
+                raise ValueError(f"{place}, {key} {i}: its position refers to object {wanted['position'][1]}, which "
+                                 "must come before it")
 
 
-def check_want(want, i, where):
-    """Of one of the objects that a prompt wants, the i-th"""
-    check_class(want.get("class"), where)
-    if not whole(want.get("count"), 1):
-        raise ValueError(f"{where}: the count is {want.get('count')!r}: it must be a whole number, 1 or more")
-    if want.get("color", "red") not in COLORS:
-        raise ValueError(f"{where}: unknown color {want['color']!r}: there are {first(COLORS)}")
-    if "position" in want:
-        place = want["position"]
-        if not isinstance(place, list) or len(place) != 2 or place[0] not in RELATIONS:
-            raise ValueError(f"{where}: unknown position {place!r}: it is one of {first(RELATIONS)}, and the number of "
-                             "the object that it refers to")
-        if not whole(place[1], 0, i):
-            raise ValueError(f"{where}: the position refers to object {place[1]!r} of \"include\": it must be a number "
-                             f"from 0, below its own, {i}")
+def check_detections(record, place):
+    """Refuse what is not the detections of a picture."""
+    check(record, place, "filename", "width", "height", "objects")
+    for i, thing in enumerate(record["objects"]):
+        check(thing, f"{place}, object {i}", "class", "score", "box")
+        if thing["box"][2] > record["width"] or thing["box"][3] > record["height"]:
+            raise ValueError(f"{place}, object {i}: \"box\" is {thing['box']!r}: it must lie within the picture")
+
+
+def numbered_lines(path):
+    """Return [(JSON, place)] of the lines of a .jsonl file that are not empty."""
+    if not Path(path).is_file():
+        raise ValueError(f"no file {path}")
+    lines = [(line, f"{path}, line {n}") for n, line in enumerate(Path(path).read_text("utf-8").split("\n"), 1)]
+    return [(parse(line, place), place) for line, place in lines if line.strip()]
 
 
 def read_prompts(path):
-    """The prompts of a file in the format of evaluation_metadata.jsonl, as dicts; ValueError names file and line"""
-    if not Path(path).is_file():
-        raise ValueError(f"no prompts file {path} (GenEval's is prompts/evaluation_metadata.jsonl of its repository)")
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
-    prompts = [(parse(line, f"{path}, line {n}"), n) for n, line in enumerate(lines, 1) if line.strip()]
+    """Return the prompts of a file in the format of evaluation_metadata.jsonl, as dicts."""
+    prompts = numbered_lines(path)
     if not prompts:
         raise ValueError(f"{path} is empty: one prompt a line is wanted")
-    for prompt, n in prompts:
-        check_prompt(prompt, f"{path}, line {n}")
+    for prompt, place in prompts:
+        check_prompt(prompt, place)
     return [prompt for prompt, _ in prompts]
 
 
+def read_detections(path):
+    """Return (header, {filename: record}) of a file of detections, whose first line may be a header.
+
+    A record is {"filename": "00000/samples/0000.png", "width", "height", "objects": [...]}.
+    """
+    lines, records = numbered_lines(path), {}
+    header = lines.pop(0)[0] if lines and isinstance(lines[0][0], dict) and "filename" not in lines[0][0] else {}
+    for record, place in lines:
+        check_detections(record, place)
+        if record["filename"] in records:
+            raise ValueError(f"{place}: {record['filename']} has a line already")
+        records[record["filename"]] = record
+    return header, records
+
+
 def folders(prompts, images_per_prompt=4):
-    """[(path within the layout, number of the prompt, number of the image)] of every image, prompt by prompt"""
+    """Return [(path within the layout, number of the prompt, number of the image)] of every image, prompt by prompt."""
     return [(f"{i:05d}/samples/{j:04d}.png", i, j) for i in range(len(prompts)) for j in range(images_per_prompt)]
 
 
 def write_layout(out, prompts):
-    """Write out/00000/metadata.jsonl and make out/00000/samples for every prompt.
-
-    What is there already and the same is kept; ValueError, before anything is written, if it is of other prompts.
-    """
-    out = Path(out)
-    names = [f"{i:05d}" for i in range(len(prompts))]
-    there = [p.name for p in numbered(out)] if out.is_dir() else []
-    if others := sorted(set(there) - set(names)):
-        raise ValueError(f"{out} has folders of other prompts, which would be scored too: {first(others)}. Remove "
-                         "them, or give another folder")
-    for name, prompt in zip(names, prompts):
-        file = out / name / "metadata.jsonl"
-        if file.exists() and parse(file.read_text(encoding="utf-8"), file) != prompt:
-            raise ValueError(f"{file} is of another prompt than {prompt['prompt']!r}: give another folder")
-    for name, prompt in zip(names, prompts):
-        (out / name / "samples").mkdir(parents=True, exist_ok=True)
-        if not (out / name / "metadata.jsonl").exists():
-            temporary = out / name / "metadata.jsonl.tmp"
-            temporary.write_text(json.dumps(prompt) + "\n", encoding="utf-8")
-            temporary.replace(out / name / "metadata.jsonl")  # whole or not at all
+    """Write out/00000/metadata.jsonl and make out/00000/samples for every prompt."""
+    for i, prompt in enumerate(prompts):
+        folder = Path(out) / f"{i:05d}"
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        write_lines(folder / "metadata.jsonl", [prompt])
 
 
-def numbered(folder):
-    """The folders in it whose names are digits, in the order of their numbers"""
-    return sorted((p for p in folder.iterdir() if p.is_dir() and re.fullmatch("[0-9]+", p.name)),
-                  key=lambda p: (int(p.name), p.name))
+def numbered(paths, ending=""):
+    """Return those of the paths whose names are digits and the ending, in the order of their numbers."""
+    return sorted((p for p in paths if re.fullmatch(f"[0-9]+{ending}", p.name)), key=lambda p: (int(p.stem), p.name))
 
 
 def read_layout(folder):
-    """[(prompt, [paths of its images])], as the official evaluator finds them: DIGITS/samples/DIGITS.png, nothing else.
+    """Return [(prompt, [paths of its images])] as the official evaluator finds them: DIGITS/samples/DIGITS.png.
 
-    ValueError if a prompt has no description or no images, or if not all prompts have equally many.
+    Refuse a prompt without description or images, and prompts with unequal numbers of images.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"no folder {folder}")
     layout = []
-    for place in numbered(folder):
-        file, samples = place / "metadata.jsonl", place / "samples"
+    for prompt_folder in numbered(Path(folder).glob("*/")):
+        file = prompt_folder / "metadata.jsonl"
         if not file.is_file():
             raise ValueError(f"{file} is missing: it holds the prompt's line of evaluation_metadata.jsonl")
         prompt = parse(file.read_text(encoding="utf-8"), file)
         check_prompt(prompt, file)
-        images = [p for p in samples.iterdir() if re.fullmatch(r"[0-9]+\.png", p.name)] if samples.is_dir() else []
-        layout.append((prompt, sorted(images, key=lambda p: (int(p.stem), p.name))))
-    if not layout:
-        raise ValueError(f"{folder} has no folders 00000, 00001, ...: each holds metadata.jsonl and samples/")
+        layout.append((prompt, numbered((prompt_folder / "samples").glob("*.png"), r"\.png")))
     counts = [len(images) for _, images in layout]
-    usual = max(set(counts), key=lambda n: (counts.count(n), n))
-    odd = [f"{place.name} has {n}" for place, n in zip(numbered(folder), counts) if n != usual or not n]
-    if odd:
-        raise ValueError(f"{folder}: all prompts must have equally many images in samples/, and at least one. "
-                         f"{f'Most have {usual}: ' * (usual > 0)}{first(odd)}")
+    if not layout or min(counts) < max(counts) or not max(counts):
+        uneven = [f"prompt {i} has {n}" for i, n in enumerate(counts) if n < max(counts) or not n]
+        raise ValueError(f"{folder}: it must have folders 00000, 00001, ..., each with metadata.jsonl and equally many "
+                         f"images in samples/, at least one. {', '.join(uneven[:10])}")
     return layout
 
 
 def kept(objects, tag, threshold=0.3, counting_threshold=0.9, max_objects=16, max_overlap=1.0):
-    """{class: its objects that count, best first}: scores above the threshold, `max_objects` of a class at most.
+    """Return {class: its objects that count, best first}: scores above the threshold, at most `max_objects` of a class.
 
-    max_overlap below 1: of objects of a class that overlap so much (intersection over union), the best alone.
+    With max_overlap below 1, the best alone counts of objects of a class that overlap so much.
     """
     least = np.float32(counting_threshold if tag == "counting" else threshold)  # float32, as detectors' scores are
     groups = {}
@@ -180,7 +169,7 @@ def kept(objects, tag, threshold=0.3, counting_threshold=0.9, max_objects=16, ma
 
 
 def apart(group, max_overlap):
-    """Those of the objects, best first, that do not overlap with a better one"""
+    """Return those of the objects, best first, that do not overlap with a better one."""
     chosen = []
     for thing in group:
         if max_overlap == 1 or all(overlap(thing["box"], other["box"]) < max_overlap for other in chosen):
@@ -189,7 +178,7 @@ def apart(group, max_overlap):
 
 
 def overlap(a, b):
-    """Intersection over union of two boxes, counted as if x2 and y2 were inside (as the official evaluator does)"""
+    """Return the intersection over union of two boxes. x2 and y2 count as inside, as in the official evaluator."""
     def area(x1, y1, x2, y2):
         return max(x2 - x1 + 1, 0) * max(y2 - y1 + 1, 0)
     both = area(max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))
@@ -197,7 +186,7 @@ def overlap(a, b):
 
 
 def relative_position(a, b, threshold=0.1):
-    """Where box a is as seen from box b: a set of RELATIONS, empty if the boxes are too near to each other.
+    """Return where box a is, seen from box b: a set of RELATIONS, empty if the boxes are too near to each other.
 
     The offset of the centres, less `threshold` of both extents, must be more than half the whole offset's length.
     """
@@ -213,22 +202,23 @@ def relative_position(a, b, threshold=0.1):
 
 
 def color_wanted(groups, prompt):
-    """The objects whose "color" judge() looks at: of a class wanted in a color the best `count`, if so many"""
-    found = [(groups.get(want["class"], []), want["count"]) for want in prompt["include"] if "color" in want]
-    return [thing for group, count in found if len(group) >= count for thing in group[:count]]
+    """Return the objects whose "color" judge() looks at: of a class wanted in a color the best `count`, if so many."""
+    wanted = [(groups.get(want["class"], []), want["count"]) for want in prompt["include"] if "color" in want]
+    return [thing for group, count in wanted if len(group) >= count for thing in group[:count]]
 
 
 def judge(groups, prompt, position_threshold=0.1):
-    """(whether the image is correct, why not) of what kept() gives.
+    """Return (whether the image is correct, why not) from what kept() gives.
 
     Every wanted object is checked, also after one has failed. One that failed is no target for the position of another.
     """
     reasons, targets = [], []
     for want in prompt["include"]:
-        found = groups.get(want["class"], [])[:want["count"]]
-        why = missed(want, found) or misplaced(want, found, targets, position_threshold)
-        reasons += [why] if why else []
-        targets.append(None if why else found)
+        objects = groups.get(want["class"], [])[:want["count"]]
+        reason = missed(want, objects) or misplaced(want, objects, targets, position_threshold)
+        if reason:
+            reasons.append(reason)
+        targets.append(None if reason else objects)
     for want in prompt.get("exclude", []):
         n = len(groups.get(want["class"], []))
         if n >= want["count"]:
@@ -236,76 +226,36 @@ def judge(groups, prompt, position_threshold=0.1):
     return not reasons, "\n".join(reasons)
 
 
-def missed(want, found):
-    """Why these objects are too few or of other colors, or None"""
+def missed(want, objects):
+    """Return why these objects are too few or of other colors, or None."""
     name, count = want["class"], want["count"]
-    if len(found) < count:
-        return f"expected {name}>={count}, found {len(found)}"
-    if "color" in want:
-        colors = [thing["color"] for thing in found]
-        if colors.count(want["color"]) < count:
-            there = ", ".join(f"{colors.count(color)} {color}" for color in COLORS if color in colors)
-            return f"expected {want['color']} {name}>={count}, found {colors.count(want['color'])}; there are {there}"
+    if len(objects) < count:
+        return f"expected {name}>={count}, found {len(objects)}"
+    colors = [thing["color"] for thing in objects] if "color" in want else []
+    if colors and colors.count(want["color"]) < count:
+        seen = ", ".join(f"{colors.count(color)} {color}" for color in COLORS if color in colors)
+        return f"expected {want['color']} {name}>={count}, found {colors.count(want['color'])}; there are {seen}"
+    return None
 
 
-def misplaced(want, found, targets, threshold):
-    """Why one of these objects is not where it should be as seen from each of its targets, or None"""
+def misplaced(want, objects, targets, threshold):
+    """Return why one of these objects is not where it should be, seen from each of its targets, or None."""
     if "position" not in want:
         return None
     relation, target = want["position"]
     if targets[target] is None:
         return f"no target for {want['class']} to be {relation}"
-    for thing in found:
+    for thing in objects:
         for other in targets[target]:
-            there = relative_position(thing["box"], other["box"], threshold)
-            if relation not in there:
-                there = " and ".join(sorted(there)) or "no relation"
-                return f"expected {want['class']} {relation} target, found {there}"
-
-
-def read_detections(path):
-    """(first line if it describes the file, else {}, {filename: line}) of a file of detections; ValueError names it.
-
-    A line: {"filename": "00000/samples/0000.png", "width", "height", "objects": [...]}.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"no detections file {path}")
-    header, records = {}, {}
-    for n, text in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
-        if text.strip():
-            record = parse(text, f"{path}, line {n}")
-            if n == 1 and "filename" not in record:
-                header = record
-                continue
-            check_detections(record, f"{path}, line {n}")
-            if record["filename"] in records:
-                raise ValueError(f"{path}, line {n}: {record['filename']} has a line already")
-            records[record["filename"]] = record
-    return header, records
-
-
-def check_detections(record, where):
-    for key, good in (("filename", lambda v: isinstance(v, str)), ("width", lambda v: whole(v, 1)),
-                      ("height", lambda v: whole(v, 1)), ("objects", lambda v: isinstance(v, list))):
-        if not good(record.get(key)):
-            raise ValueError(f"{where}: \"{key}\" is {record.get(key)!r}: filename (a text), width, height (in pixels) "
-                             "and objects (a list) are wanted")
-    for i, thing in enumerate(record["objects"]):
-        if not isinstance(thing, dict):
-            raise ValueError(f"{where}, object {i} is {thing!r}: class, score and box are wanted")
-        check_class(thing.get("class"), f"{where}, object {i}")
-        score, box = thing.get("score"), thing.get("box")
-        if not isinstance(score, (int, float)) or not 0 <= score <= 1:
-            raise ValueError(f"{where}, object {i}: the score is {score!r}: it must be a number from 0 to 1")
-        if not (isinstance(box, list) and len(box) == 4 and all(isinstance(x, (int, float)) for x in box)
-                and 0 <= box[0] <= box[2] <= record["width"] and 0 <= box[1] <= box[3] <= record["height"]):
-            raise ValueError(f"{where}, object {i}: the box is {box!r}: it must be [x1, y1, x2, y2] within the picture")
-        if thing.get("color", "red") not in COLORS:
-            raise ValueError(f"{where}, object {i}: unknown color {thing['color']!r}: there are {first(COLORS)}")
+            seen = relative_position(thing["box"], other["box"], threshold)
+            if relation not in seen:
+                seen = " and ".join(sorted(seen)) or "no relation"
+                return f"expected {want['class']} {relation} target, found {seen}"
+    return None
 
 
 def summary(results):
-    """Scores, 0 to 1, of results with "tag", "correct" and "metadata" (the prompt as a text).
+    """Return the scores, 0 to 1, of results with "tag", "correct" and "metadata" (the prompt as a text).
 
     mean_of_tasks, GenEval's own overall score, is None if a task is absent. mean_of_images weighs all images equally.
     """

@@ -1,4 +1,4 @@
-"""eval_fid.py: its numbers against transformers' and numpy's, stopping and sharing the work, what it refuses."""
+"""eval_fid.py: its numbers against transformers' and numpy's, the drawn set, kills and shared work, what it refuses."""
 
 import json
 import os
@@ -21,8 +21,8 @@ from transformers import CLIPModel, CLIPProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import eval_fid
-from configurator import setting_names
-from evaluation import clip, drawn, features, frechet, inception
+from evaluation import clip, drawn, frechet, inception
+from pictures import decode, shapes
 
 CAPTIONS = ["a small red circle on a white background", "a large blue ring", "a small cyan cross", "a large pink bar",
             "a green square", "two red rings", "a dog"]  # fmt: skip
@@ -59,24 +59,14 @@ def models(tmp_path_factory):
 @pytest.fixture
 def evaluate(models, tmp_path, monkeypatch):
     """evaluate(**settings) -> results.json, in this process and with the small models"""
-    source = (ROOT / "eval_fid.py").read_text()
-    own = {name: getattr(eval_fid, name) for name in setting_names(source)}
+    small = {"clip": str(models / "clip"), "clip_fid": str(models / "clip-fid"), "out": str(tmp_path / "out"),
+             "inception": str(models / "inception.pth"), "device": "cpu", "steps": 2, "batch_size": 4}  # fmt: skip
 
     def run(**settings):
-        defaults = own | {
-            "clip": str(models / "clip"),
-            "clip_fid": str(models / "clip-fid"),
-            "inception": str(models / "inception.pth"),
-            "out": str(tmp_path / "out"),
-            "device": "cpu",
-            "captions": "",
-            "steps": 2,
-            "batch_size": 4,
-        }
-        for name, value in (defaults | settings).items():
-            assert name in own
-            monkeypatch.setattr(eval_fid, name, value)
-        eval_fid.main()
+        with monkeypatch.context() as patch:
+            for name, value in (small | settings).items():
+                patch.setattr(eval_fid, name, value)
+            eval_fid.main()
         return json.loads((tmp_path / "out/results.json").read_text())
 
     return run
@@ -84,7 +74,7 @@ def evaluate(models, tmp_path, monkeypatch):
 
 def pictures_at(folder, side):
     """What eval_fid.py compares: shorter side resized, then the centre"""
-    return [features.picture_at(path.read_bytes(), side, None)[0] for path in sorted(folder.iterdir())]
+    return [Image.fromarray(decode.square(decode.load(path, 1), side)) for path in sorted(folder.iterdir())]
 
 
 def test_clip_equals_transformers(models):
@@ -97,16 +87,15 @@ def test_clip_equals_transformers(models):
     with torch.no_grad():
         theirs = model(**batch)
     scores = (theirs.logits_per_image / model.logit_scale.exp()).diagonal()
-    found = clip.similarity(ours.image(images), ours.text(long))
-    assert scores.std() > 0.005
-    assert (found - scores).abs().max() < 1e-5
+    assert scores.std() > 0.005 and scores.min() < 0
+    ours = clip.clip_scores(ours.image(images), ours.text(long))
+    assert (ours - 100 * scores.clamp_min(0)).abs().max() < 1e-3
 
 
 def test_numbers_equal_their_definitions(models, evaluate):
     """FID and CLIP-FID from np.cov, CLIP score from transformers' features, on pictures of 40 px against 60 x 44"""
-    found = evaluate(
-        images=(str(models / "made"),), captions=str(models / "captions.txt"), reference=str(models / "real")
-    )
+    found = evaluate(images=(str(models / "made"),), captions=str(models / "captions.txt"),
+                     reference=str(models / "real"))  # fmt: skip
     result, protocol = found["results"][0], found["protocol"]
     ours, real = pictures_at(models / "made", 40), pictures_at(models / "real", 40)
     net = inception.load(models / "inception.pth")
@@ -115,31 +104,21 @@ def test_numbers_equal_their_definitions(models, evaluate):
         both = [f.astype(np.float64) for f in (a, b)]
         return frechet.distance(*(v for f in both for v in (f.mean(0), np.cov(f, rowvar=False))))
 
-    fid = distance(*(inception.features(net, pictures, "clean", "cpu") for pictures in (ours, real)))
+    fid = distance(*(net.image([inception.clean(p) for p in pictures]).numpy() for pictures in (ours, real)))
     assert result["fid"] == pytest.approx(fid, rel=1e-4) and fid > 1
     model = CLIPModel.from_pretrained(models / "clip-fid")
     processor = CLIPImageProcessorPil.from_pretrained(models / "clip-fid")
     with torch.no_grad():
-        rows = [
-            model.get_image_features(**processor(p, return_tensors="pt")).pooler_output.numpy() for p in (ours, real)
-        ]
+        rows = [model.get_image_features(**processor(p, return_tensors="pt")).pooler_output.numpy()
+                for p in (ours, real)]  # fmt: skip
     assert result["clip_fid"] == pytest.approx(distance(*rows), abs=2e-4) and result["clip_fid"] > 0.01
     score = clip.Clip(models / "clip")
-    each = (100 * clip.similarity(score.image(ours), score.text(CAPTIONS))).clamp_min(0)
+    each = clip.clip_scores(score.image(ours), score.text(CAPTIONS))
     assert result["clip_score"] == pytest.approx(each.mean().item(), abs=2e-4)
-    assert protocol["resolution"] == 40 and protocol["inception"]["resize"] == "clean"
-    assert protocol["inception"]["published"] is False and protocol["reference"]["pictures"] == 9
-    assert result["pictures"] == 7 and protocol["clip_score_model"]["name"] == str(models / "clip")
-
-
-def test_each_resize_shows_inception_something_else(models):
-    items = [(path, None) for path in sorted((models / "made").iterdir())[:2]]
-    net = inception.load(models / "inception.pth")
-    means = [
-        features.measure(features.Networks(net, r), items, 40, True, 2, r).statistics["fid"].mu
-        for r in inception.RESIZES
-    ]
-    assert all(np.abs(a - b).max() > 1e-3 for a, b in [means[:2], means[1:], means[::2]])
+    networks = protocol["networks"]
+    assert protocol["resolution"] == 40 and networks["fid"]["resize"] == "clean" and not networks["fid"]["published"]
+    assert result["pictures"] == 7 and networks["clip_score"]["name"] == str(models / "clip")
+    assert protocol["reference"]["pictures"] == 9
 
 
 def test_statistics_of_the_reference_are_kept_and_used(models, evaluate, tmp_path):
@@ -153,12 +132,11 @@ def test_statistics_of_the_reference_are_kept_and_used(models, evaluate, tmp_pat
         np.savez(tmp_path / "theirs.npz", mu=file["mu"], sigma=file["sigma"])  # as it writes it
     found = evaluate(**settings | {"metrics": ("fid",)}, reference=str(tmp_path / "theirs.npz"))
     assert found["results"][0]["fid"] == first["results"][0]["fid"]
-    with pytest.raises(ValueError, match="resize: clean there, pytorch now"):
-        evaluate(**settings, reference=str(tmp_path / "real.npz"), resize="pytorch")
-    with pytest.raises(ValueError, match="resolution: 40 there, 32 now"):
-        evaluate(**settings, reference=str(tmp_path / "real.npz"), resolution=32)
-    with pytest.raises(ValueError, match="theirs.clip.npz"):
-        evaluate(**settings, reference=str(tmp_path / "theirs.npz"))
+    for name, changed, message in (
+            ("real", {"resize": "pytorch"}, "resize: clean there, pytorch now"),
+            ("real", {"resolution": 32}, "resolution: 40 there, 32 now"), ("theirs", {}, "theirs.clip.npz")):
+        with pytest.raises(ValueError, match=message):
+            evaluate(**settings, reference=str(tmp_path / f"{name}.npz"), **changed)
 
 
 def test_pictures_that_cannot_be_used_are_named(models, evaluate, tmp_path):
@@ -177,101 +155,102 @@ def test_pictures_that_cannot_be_used_are_named(models, evaluate, tmp_path):
     Image.new("RGB", (40, 48)).save(folder / "000.png")
     with pytest.raises(ValueError, match="000.png is 40 x 48: pictures must be square"):
         evaluate(**settings)
-    with pytest.raises(ValueError, match="smaller than resolution 256"):
-        evaluate(**settings | {"images": (str(models / "made"),)}, resolution=256)
-    with pytest.raises(ValueError, match="7 of 7 pictures have no caption.*000.png"):
-        evaluate(**settings | {"images": (str(models / "made"),), "metrics": ("clip_score",)})
 
 
 def coco(folder, names):
     """Annotations as COCO's, two captions for each picture"""
     annotations = [{"image_id": i, "caption": f"{which} caption of {i}"} for which in ("first", "second")
                    for i in range(len(names))]  # fmt: skip
-    images = [{"id": i, "file_name": name} for i, name in enumerate(names)]
     path = folder / "captions_val.json"
+    images = [{"id": i, "file_name": name} for i, name in enumerate(names)]
     path.write_text(json.dumps({"images": images, "annotations": annotations}))
     return path
 
 
 def test_captions_are_chosen_by_seed_and_the_reference_can_be_theirs(models, evaluate, tmp_path):
-    names = [p.name for p in sorted((models / "real").iterdir())]
-    settings = {
-        "checkpoint": str(models / "run"),
-        "captions": str(coco(tmp_path, names)),
-        "reference": str(models / "real"),
-        "metrics": ("clip_fid", "clip_score"),
-        "count": 5,
-    }
+    captions = coco(tmp_path, [p.name for p in sorted((models / "real").iterdir())])
+    settings = {"checkpoint": str(models / "run"), "captions": str(captions), "reference": str(models / "real"),
+                "metrics": ("clip_fid", "clip_score"), "count": 5}  # fmt: skip
     found = evaluate(**settings, matched=True)
     assert found["protocol"]["reference"]["pictures"] == 5 and found["protocol"]["resolution"] == 16
-    lines = [json.loads(s) for s in (tmp_path / "out/guidance_2/captions.jsonl").read_text().splitlines()]
-    chosen = [int(line["caption"].removeprefix("first caption of ")) for line in lines]
+    drawn_from = [Image.open(path).text["prompt"] for path in sorted((tmp_path / "out/guidance_2").glob("*.png"))]
+    chosen = [int(caption.removeprefix("first caption of ")) for caption in drawn_from]
     assert chosen == sorted(set(chosen)) and len(chosen) == 5
     with pytest.raises(ValueError, match="prompts_sha256"):
         evaluate(**settings, caption_seed=1)
     shutil.rmtree(tmp_path / "out")
     other = evaluate(**settings, caption_seed=1)
     assert other["protocol"]["reference"]["pictures"] == 9
-    assert other["protocol"]["captions"]["sha256"] != found["protocol"]["captions"]["sha256"]
+    assert other["results"][0]["captions_sha256"] != found["results"][0]["captions_sha256"]
     with pytest.raises(ValueError, match="has 9 captions, and count is 10"):
         evaluate(**settings | {"count": 10})
 
 
 def test_the_coco_recipe_of_the_readme(models, evaluate, tmp_path):
     """Its command on a miniature in COCO's layout"""
-    text = (ROOT / "README.md").read_text()
-    command = re.search(r"eval_fid\.py (--checkpoint \S+ --captions coco.*?)\n```", text, re.S)[1]
+    text = "".join(path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("evaluation.md")))
+    command = re.search(r"eval_fid\.py (--checkpoint \S+[\s\\]+--captions coco.*?)\n```", text, re.S)[1]
     given, name = {}, ""
     for word in shlex.split(command.replace("\\\n", " ")):
         name = word.removeprefix("--") if word.startswith("--") else name
         given.setdefault(name, []).extend([] if word.startswith("--") else [word])
-    assert given["count"] == ["30000"] and given["resolution"] == ["256"] and len(given["guidance_scales"]) == 5
-    val = tmp_path / given.pop("reference")[0]
-    shutil.copytree(models / "real", val)
-    captions = tmp_path / given.pop("captions")[0]
-    captions.parent.mkdir()
-    coco(captions.parent, sorted(p.name for p in val.iterdir())).rename(captions)
-    given |= {"checkpoint": models / "run", "count": 6, "resolution": 12, "captions": captions, "reference": val}
-    found = evaluate(
-        **{
-            k: v if isinstance(v, int) else str(v)
-            for k, v in given.items()
-            if k not in ("guidance_scales", "save_reference")
-        },
-        guidance_scales=tuple(map(float, given["guidance_scales"][:2])),
-        save_reference=str(tmp_path / given["save_reference"][0]),
-        metrics=("clip_fid", "clip_score"),
-    )
+    assert given.pop("count") == ["30000"] and given.pop("resolution") == ["256"] and given.pop("checkpoint")
+    scales = tuple(map(float, given.pop("guidance_scales")))
+    assert len(scales) == 5 and given.keys() == {"reference", "captions", "save_reference"}
+    given = {name: tmp_path / value for name, (value,) in given.items()}
+    shutil.copytree(models / "real", given["reference"])
+    given["captions"].parent.mkdir()
+    names = sorted(p.name for p in given["reference"].iterdir())
+    coco(given["captions"].parent, names).rename(given["captions"])
+    found = evaluate(checkpoint=str(models / "run"), count=6, resolution=12, metrics=("clip_fid", "clip_score"),
+                     guidance_scales=scales[:2], **{name: str(path) for name, path in given.items()})  # fmt: skip
     assert [r["guidance_scale"] for r in found["results"]] == [1.5, 2.0] and found["protocol"]["resolution"] == 12
     assert found["protocol"]["reference"]["pictures"] == 9 and found["results"][0]["pictures"] == 6
-    assert (tmp_path / "coco/val2014_256.clip.npz").exists()
+    assert given["save_reference"].with_suffix(".clip.npz").exists()
 
 
 def test_a_pictures_folder_made_here_is_judged_with_its_own_captions(models, evaluate, tmp_path):
     settings = {"reference": str(models / "real"), "metrics": ("clip_fid", "clip_score")}
-    drawn = evaluate(checkpoint=str(models / "run"), captions=str(models / "captions.txt"), **settings,
+    first = evaluate(checkpoint=str(models / "run"), captions=str(models / "captions.txt"), **settings,
                      guidance_scales=(1.0, 3.0))  # fmt: skip
     shutil.move(tmp_path / "out", tmp_path / "first")
-    folders = [str(tmp_path / f"first/guidance_{scale}") for scale in (1, 3)]
-    found = evaluate(images=tuple(folders), **settings)
-    assert len(found["results"]) == 2
-    for ours, theirs in zip(found["results"], drawn["results"]):
-        assert {k: ours[k] for k in ("clip_fid", "clip_score", "generated")} == {
-            k: theirs[k] for k in ("clip_fid", "clip_score", "generated")
-        }
+    folders = tuple(str(tmp_path / f"first/guidance_{scale}") for scale in (1, 3))
+    again = evaluate(images=folders, **settings)
+    keys = ("clip_fid", "clip_score", "captions_sha256", "pictures_sha256", "generated")
+    assert [[r[key] for key in keys] for r in first["results"]] == [[r[key] for key in keys] for r in again["results"]]
     (tmp_path / "first/guidance_3/00002.png").unlink()
-    with pytest.raises(ValueError, match="1 pictures of .*captions.jsonl are not there: 00002.png"):
-        evaluate(images=tuple(folders), **settings)
+    with pytest.raises(ValueError, match="guidance_3 holds 6 pictures, 7 .*missing are 00002.png"):
+        evaluate(images=folders, **settings)
 
 
-def test_drawn_set_needs_no_download_and_plots_a_curve(models, evaluate, tmp_path):
-    found = evaluate(checkpoint=str(models / "run"), count=6)
-    scores = found["results"][0]["attributes"]
-    assert scores["background"][1] == 6 and found["protocol"]["resolution"] == 16
-    found = evaluate(checkpoint=str(models / "run"), count=6, reference="shapes", guidance_scales=(1.0, 2.0),
-                     metrics=("fid", "clip_score", "attributes"))  # fmt: skip
-    assert [r["guidance_scale"] for r in found["results"]] == [1.0, 2.0]
-    assert found["results"][1]["attributes"] == scores  # the same pictures
+def test_the_drawn_set_is_scored_beside_drawn_pictures_and_chance(script, models, evaluate, tmp_path):
+    script("eval_fid.py", "--checkpoint", models / "run", "--captions=shapes", "--count=6", "--sampler=dpmpp_2m",
+           "--steps=2", "--out", tmp_path / "alone")  # fmt: skip
+    (alone,) = json.loads((tmp_path / "alone/results.json").read_text())["results"]
+    both = evaluate(checkpoint=str(models / "run"), count=6, sampler="dpmpp_2m", batch_size=32)["results"]
+    assert both[0] == alone and [r["captions"] for r in both] == ["shapes", "shapes_unseen"]
+    for held_out, entry in enumerate(both):
+        scenes = [shapes.scene(10_000_000 + i, bool(held_out), 16) for i in range(6)]
+        pictures, wanted = [image for image, _, _ in scenes], [attributes for _, _, attributes in scenes]
+        for column, images in (("drawn", pictures), ("chance", pictures[1:] + pictures[:1])):
+            scores = {name: list(n) for name, n in shapes.score(images, wanted).items()}
+            assert entry[f"attributes_{column}"] == scores
+        assert entry["attributes"]["background"][1] == 6 and entry["attributes"].keys() == scores.keys()
+        with Image.open(tmp_path / "out" / f"{entry['captions']}_guidance_2.png") as grid:
+            assert grid.width > 8 * 64  # as wide as eight pictures
+    # pictures that are there already, of the prompts in their order
+    drawn_here = tmp_path / "scenes"
+    drawn_here.mkdir()
+    for i, picture in enumerate(pictures):
+        picture.save(drawn_here / f"{i}.png")
+    (entry,) = evaluate(images=(str(drawn_here),), captions="shapes_unseen")["results"]
+    assert entry["attributes"]["background"] == [6, 6] and entry["attributes"] == entry["attributes_drawn"]
+
+
+def test_a_curve_over_guidance_scales_is_plotted(models, evaluate, tmp_path):
+    found = evaluate(checkpoint=str(models / "run"), count=6, captions="shapes", reference=str(models / "real"),
+                     guidance_scales=(1.0, 2.0), metrics=("fid", "clip_score", "attributes"))  # fmt: skip
+    assert [r["folder"] for r in found["results"]] == ["shapes/guidance_1", "shapes/guidance_2"]
     with Image.open(tmp_path / "out/fid_clip.png") as plotted:
         assert len(plotted.convert("RGB").getcolors(9999)) > 10
 
@@ -323,77 +302,70 @@ def test_nothing_is_drawn_before_all_that_can_be_refused_is(models, evaluate, tm
     frechet.save(tmp_path / "bad.clip.npz", np.zeros(16), -np.eye(16))
     for name in ("wide", "bad"):
         (tmp_path / f"{name}.npz").write_bytes(b"")
-    two = tmp_path / "two/sub"
-    two.mkdir(parents=True)
-    for folder in (two, two.parent):
-        shutil.copy(models / "real/000.jpg", folder / "x.jpg")
-    records = tmp_path / "records.json"
-    records.write_text(json.dumps([{"image": "sub/x.jpg", "caption": "a"}, {"image": "else/x.jpg", "caption": "b"}]))
-    unnamed = tmp_path / "unnamed.jsonl"
-    unnamed.write_text('{"caption": "a"}\n{"caption": "b"}\n')
-    (tmp_path / "file").write_text("")
     monkeypatch.setattr(drawn, "generate", None)  # not even called
     for changed, message in [
         ({"guidance_scales": (1.0, 3.0), "steps": 3}, "guidance_3 holds pictures .*made otherwise .*steps: 2 there"),
         ({"reference": str(tmp_path / "wide.npz")}, "wide.clip.npz is of 20 features, clip_fid has 16"),
         ({"reference": str(tmp_path / "bad.npz")}, "bad.clip.npz: .*is no covariance"),
-        ({"count": 1}, "at least two pictures"),
-        ({"out": str(tmp_path / "file")}, "file is a file, a folder is wanted"),
-        ({"save_reference": str(tmp_path / "x.2014")}, "must end with .npz"),
-        ({"matched": True, "captions": str(records), "reference": str(two.parent)}, "1 pictures .*several .*else/x"),
-        ({"matched": True, "captions": str(unnamed)}, "do not all name a picture"),
         ({"resolution": 32}, "smaller than resolution 32"),
-        *(({"guidance_scales": scales}, "all different, from 0 on")
-          for scales in ((), (float("nan"),), (-3.0,), (1.0, 1.0000001), (float("inf"),))),
+        ({"clip_fid": str(models / "made")}, "CLIP model .*made"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
             evaluate(**settings | changed)
 
 
-def test_an_earlier_result_is_kept(models, evaluate, tmp_path):
-    settings = {"images": (str(models / "made"),), "captions": str(models / "captions.txt"), "metrics": ("clip_score",)}
+def test_settings_are_refused_before_anything_is_loaded(models, evaluate, tmp_path, monkeypatch):
+    made, run = {"images": (str(models / "made"),)}, {"checkpoint": str(models / "run")}
+    score, fid = {"metrics": ("clip_score",)}, {"metrics": ("fid",), "reference": str(models / "real")}
+    two = tmp_path / "two"
+    (two / "sub").mkdir(parents=True)
+    for folder in (two, two / "sub"):
+        shutil.copy(models / "real/000.jpg", folder / "x.jpg")
+    named = tmp_path / "named.json"
+    named.write_text(json.dumps([{"image": "sub/x.jpg", "caption": "a"}, {"image": "else/x.jpg", "caption": "b"}]))
+    unnamed = tmp_path / "unnamed.jsonl"
+    unnamed.write_text('{"caption": "a"}\n{"caption": "b"}\n')
+    (tmp_path / "file").write_text("")
+    for name in ("load_networks", "load_pipeline"):
+        monkeypatch.setattr(eval_fid, name, None)
+    for settings, message in [
+        (made, "need a --reference"),
+        (made | {"metrics": ("fud",)}, "'fud' is none of"),
+        (made | {"metrics": ("attributes",)}, "of the drawn set"),
+        (made | {"resize": "bilinear"}, "'bilinear' is none of clean"),
+        (made | {"reference": "nowhere"}, "no reference nowhere"),
+        (made | fid | {"matched": True}, "matched needs --captions"),
+        (made | fid | {"matched": True, "captions": str(unnamed)}, "'' \\(0 times"),
+        (made | fid | {"matched": True, "captions": str(named), "reference": str(two)}, "1 of .*else/x.jpg"),
+        (made | fid | {"save_reference": "x.2014"}, "must end with .npz"),
+        (made | score | {"save_reference": "x.npz"}, "about a --reference folder"),
+        (made | score, "7 of 7 pictures have no caption.*000.png"),
+        (made | score | {"count": 3}, "images are there already"),
+        (made | score | run, "images are there already"),
+        (score | {"images": ("nowhere",)}, "no folder of pictures nowhere"),
+        (run | score | {"captions": "no.txt"}, "no captions file no.txt"),
+        (run | {"sampler": "euler"}, "'euler' is none of heun"),
+        (run | {"steps": 0}, "steps 0"),
+        (run | {"out": str(tmp_path / "file")}, "file"),
+        (run | fid | {"count": 1}, "at least two pictures|needs two pictures"),
+        ({"checkpoint": "nowhere"}, "no checkpoint nowhere"),
+        *((run | {"guidance_scales": scales}, "all different, from 0 on")
+          for scales in ((), (float("nan"),), (-3.0,), (1.0, 1.0000001), (float("inf"),))),
+    ]:  # fmt: skip
+        with pytest.raises((ValueError, FileExistsError), match=message):
+            evaluate(**settings)
+
+
+def test_an_earlier_result_is_kept_and_pictures_are_hashed(models, evaluate, tmp_path):
+    shutil.copytree(models / "made", tmp_path / "made")
+    settings = {"images": (str(tmp_path / "made"),), "captions": str(models / "captions.txt"),
+                "metrics": ("clip_score",)}  # fmt: skip
     first = evaluate(**settings)
     assert evaluate(**settings) == first and not (tmp_path / "out/results.1.json").exists()
     second = evaluate(**settings, resolution=20)
     assert second["results"][0]["clip_score"] != first["results"][0]["clip_score"]
     assert json.loads((tmp_path / "out/results.1.json").read_text()) == first
-
-
-def test_the_judged_pictures_and_the_reference_are_hashed(models, evaluate, tmp_path):
-    shutil.copytree(models / "made", tmp_path / "made")
-    settings = {"images": (str(tmp_path / "made"),), "reference": str(models / "real"), "metrics": ("clip_fid",)}
-    first = evaluate(**settings)
     shutil.copy(tmp_path / "made/001.png", tmp_path / "made/002.png")
-    second = evaluate(**settings)
-    assert first["protocol"] == second["protocol"]
-    assert first["results"][0]["pictures_sha256"] != second["results"][0]["pictures_sha256"]
-
-
-def test_settings_that_do_not_fit_are_refused(models, evaluate):
-    made = (str(models / "made"),)
-    for settings, message in [
-        ({"images": made}, "need a --reference"),
-        ({"images": made, "metrics": ("fud",)}, "'fud' is none of"),
-        ({"images": made, "metrics": ("attributes",)}, "of the drawn set"),
-        ({"images": made, "resize": "bilinear", "reference": "x"}, "'bilinear' is none of clean"),
-        ({"images": made, "reference": "nowhere"}, "no reference nowhere"),
-        ({"images": ("nowhere",), "metrics": ("clip_score",)}, "no folder of pictures nowhere"),
-        (
-            {
-                "images": made,
-                "reference": str(models / "real"),
-                "metrics": ("clip_fid",),
-                "clip_fid": str(models / "made"),
-            },
-            "CLIP model .*made",
-        ),
-        ({"images": made, "reference": str(models / "real"), "matched": True}, "matched needs --captions"),
-        ({"images": made, "metrics": ("clip_score",), "count": 3}, "images are there already"),
-        ({"images": made, "metrics": ("clip_score",), "checkpoint": "x"}, "images are there already"),
-        (
-            {"checkpoint": str(models / "run"), "captions": "no.txt", "metrics": ("clip_score",)},
-            "no captions file no.txt",
-        ),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            evaluate(**settings)
+    third = evaluate(**settings)
+    assert first["protocol"] == third["protocol"]
+    assert first["results"][0]["pictures_sha256"] != third["results"][0]["pictures_sha256"]
