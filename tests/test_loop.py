@@ -309,3 +309,14 @@ def test_four_hundred_shards_with_few_open_files(shapes16, tmp_path):
         assert (many.rows(range(100))[0] == latents).all()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize("share, warned", [(0.5, 1), (0.9, 0)])
+def test_a_busy_machine_is_noticed_once(run, shapes16, tmp_path, capsys, monkeypatch, share, warned):
+    settings = script_settings("train.py") | {"out": str(tmp_path), "sample_every": 0, "batch_size": 4}
+    report = Report(run(1), settings, (Dataset(shapes16, 8), Rows([range(4)])), train.autocast, CPU)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(report.meter, "cpu_share", lambda: share)
+    for step in (5, 20, 40):
+        report.warn_of_busy_cores(step)
+    assert capsys.readouterr().err.count("OMP_NUM_THREADS=1") == warned

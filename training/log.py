@@ -108,15 +108,21 @@ class Meter:
         return self.cost(step, self.run["max_steps"]) / rate if rate else None
 
     def restart(self, step):
-        self.started, self.first = time.perf_counter(), step
+        self.started, self.cpu_started, self.first = time.perf_counter(), time.process_time(), step
 
     @contextlib.contextmanager
     def paused(self):
         """What happens within is not training."""
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         yield
         self.started += time.perf_counter() - began
+        self.cpu_started += time.process_time() - cpu_began
         self.pauses += time.perf_counter() - began
+
+    def cpu_share(self):
+        """How much of its threads' time this process had since restart(), 0 to 1. They spin while they wait for each
+        other, so on a machine of their own they have nearly all of it."""
+        return (time.process_time() - self.cpu_started) / (time.perf_counter() - self.started) / torch.get_num_threads()
 
     def read(self, step):
         """{images_per_s, mfu, eta_s} since restart(), which begins again. mfu is None if FLOPs are not known."""

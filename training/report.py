@@ -3,6 +3,7 @@ How good a network is while it trains: its validation loss, sample pictures, and
 """
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from training.log import BINS, Log, Losses, Meter, by_level, duration, noise_bin
 # Validation is at these noise levels whatever the run trains on, so that runs can be compared
 VAL_P_MEAN, VAL_P_STD, VAL_ROWS = -0.6, 1.2, 2048
 DRAWN = 16  # sample pictures
+BUSY = 0.7  # of its threads' time: with less, a process is not alone on its cores
 MOST_SKIPPED = 10  # steps in a row without a finite gradient, after which a run stops
 
 
@@ -40,13 +42,14 @@ class Report:
         self.meter = Meter(state.net.config, s, info["text_encoder"]["length"], half, processes)
         self.losses = Losses(s["p_mean"], s["p_std"], processes)
         self.log = Log(self.folder, state.step, not main, s["wandb"], s)
-        self.vae = None
+        self.vae, self.warned = None, False
         if main and s["sample_every"]:
             self.vae = load_vae(info["vae"]["name"], processes.device, scaling_factor=info["vae"]["scaling_factor"])
 
     def log_step(self, state, lr, grad_norm, masked):
         """Log the steps since the last time; ValueError if too many in a row had to be skipped."""
         loss, by_sigma = self.losses.read()
+        self.warn_of_busy_cores(state.step)
         norm, skipped, measured = grad_norm.item(), int(state.optimizer.skipped), self.meter.read(state.step)
         mfu = f"MFU {100 * measured['mfu']:.0f} %" if measured["mfu"] is not None else "MFU not known"
         parts = [f"step {state.step:6,}/{self.settings['max_steps']:,}", f"loss {loss:.4f}", f"lr {lr:.2e}",
@@ -65,6 +68,16 @@ class Report:
             saved = (steps_of(self.folder) or ["none yet"])[-1]
             raise ValueError(f"the last {in_a_row} steps had gradients that are not finite and were skipped. The last "
                              f"good checkpoint is {saved}. Try a lower learning_rate or grad_clip")
+
+    def warn_of_busy_cores(self, step):
+        """Say once what helps beside another program: the threads of a step wait for whichever of them it holds up."""
+        threads, share = torch.get_num_threads(), self.meter.cpu_share()
+        measured = step >= self.meter.first + 10 and self.processes.device.type == "cpu" and threads > 1
+        if measured and share < BUSY and not self.warned and self.processes.rank == 0:
+            self.warned = True
+            print(f"note: other programs take {100 * (1 - share):.0f} % of the time of this run's {threads} threads, which "
+                  "wait for each other. Beside them it is faster with OMP_NUM_THREADS=1 in front of the command: stop "
+                  "it with Ctrl-C, and it goes on from there", file=sys.stderr)
 
     def validate(self, state):
         """Log the validation loss of the averaged weights, and draw progress.png."""
