@@ -49,8 +49,8 @@ def script_settings(script, config=None):
 
 
 def read_defaults(script):
-    """{name: (default, comment)} of the assignments at module level before the call of configure(), and of the fields
-    of the dataclass that the call names"""
+    """Return {name: (default, comment)} of the assignments before the call of configure(), and of the fields of the
+    dataclass that the call names."""
     source = Path(script).read_text(encoding="utf-8")
     comments, found = trailing_comments(source, 0), {}
     for node in ast.parse(source).body:
@@ -64,7 +64,7 @@ def read_defaults(script):
 
 
 def read_fields(module, name):
-    """{field: (default, comment)} of a dataclass in a file at the top, without those that come from the data"""
+    """Return {field: (default, comment)} of a dataclass in a file at the top, but for those that come from the data."""
     source = (ROOT / f"{module}.py").read_text(encoding="utf-8")
     comments = trailing_comments(source, 4)
     (body,) = (n.body for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == name)
@@ -73,7 +73,7 @@ def read_fields(module, name):
 
 
 def trailing_comments(source, column):
-    """{name: comment}: what follows an assignment in its line, and the lines of comment right below it"""
+    """Return {name: comment}: what follows an assignment in its line, and the lines of comment right below it."""
     comments, current = {}, None
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.NAME and token.start[1] == column:
@@ -97,7 +97,7 @@ def unknown(name, defaults):
 
 
 def parse_command_line(args, defaults):
-    """(config file or None, {name: value})"""
+    """Return (config file or None, {name: value})."""
     config_file, overrides, i = None, {}, 0
     while i < len(args):
         arg, i = args[i], i + 1
@@ -122,7 +122,7 @@ def parse_command_line(args, defaults):
 
 
 def from_text(name, texts, default):
-    """A value of the default's type from the words of the command line"""
+    """Return a value of the default's type from the words of the command line."""
     if isinstance(default, (tuple, list)):
         example = default[0] if default else ""
         texts = [] if texts == [""] else texts
@@ -146,7 +146,7 @@ def type_name(value):
 
 
 def read_config(path, defaults):
-    """The settings of a config file; ValueError names the file, and the nearest setting to one that does not exist."""
+    """Return the settings of a config file; ValueError names it, and the nearest setting to one that does not exist."""
     if not Path(path).is_file():
         configs = ", ".join(sorted(str(p) for p in Path("config").glob("*.py"))) or "none in config/"
         raise ValueError(f"no config file {path} (there are: {configs})")
@@ -168,7 +168,7 @@ def read_config(path, defaults):
 
 
 def checked(path, name, value, default):
-    """value, if it is of the default's type (a whole number will do for a float, one text for a list of them)"""
+    """Return value if it is of the default's type; a whole number will do for a float, one text for a list of them."""
     if isinstance(default, (tuple, list)) and isinstance(value, str) and isinstance((*default, "")[0], str):
         return (value,)
     if isinstance(default, (tuple, list)) and isinstance(value, (tuple, list)):

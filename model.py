@@ -61,7 +61,7 @@ def round_up(n, multiple):
 
 
 def expert_tokens(capacity, tokens, experts):
-    """Tokens that each expert takes per image, k = int(capacity * tokens / experts). ValueError if that is none."""
+    """Return how many tokens each expert takes per image, int(capacity * tokens / experts); ValueError if none."""
     k = int(capacity * tokens / experts)
     if k < 1:
         raise ValueError(f"int(capacity {capacity} * tokens {tokens} / experts {experts}) is {k}: an expert would take "
@@ -175,14 +175,14 @@ class Block(nn.Module):
         self.modulation = nn.Linear(c.dim, 6 * dim)
 
     def init_weights(self, out_std):
-        """Every layer that has an init_weights(out_std) initialises itself; zero gates make the block the identity."""
+        """Have each child with an init_weights(out_std) initialise itself. Zero gates make the block the identity."""
         for layer in self.children():
             if hasattr(layer, "init_weights"):
                 layer.init_weights(out_std)
         nn.init.zeros_(self.modulation.weight)
 
     def forward(self, x, caption, cond):
-        """x (B,T,d), caption (B,L,d), cond (B,D), already through its GELU -> (B,T,d)"""
+        """Map x (B,T,d), caption (B,L,d) and cond (B,D), already through its GELU, to (B,T,d)."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(cond).chunk(6, -1)
         x = x + gate_a.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_a, scale_a))
         x = x + self.cross_attn(self.norm2(x), caption)
@@ -242,7 +242,7 @@ def swiglu_hidden(dim, ratio, multiple):
 
 
 def position_table(config):
-    """Fixed 2D sin-cos table (T, dim): the first half of the channels encodes the column, the second half the row."""
+    """Return the fixed 2D sin-cos table (T, dim): half of the channels for the column, then half for the row."""
     side, quarter = config.latent_size // config.patch_size, config.dim // 4
     freq = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
     angle = torch.arange(side, dtype=torch.float64)[:, None] / config.pos_scale * freq           # (side, dim/4)
@@ -252,7 +252,7 @@ def position_table(config):
 
 
 def noise_level_features(c_noise, size=512):
-    """Sinusoidal features of ln(sigma)/4: (B,) -> (B, size)"""
+    """Return sinusoidal features of ln(sigma)/4: (B,) -> (B, size)."""
     half = size // 2
     freq = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=c_noise.device) / half)
     angle = c_noise.float()[:, None] * freq
@@ -260,20 +260,20 @@ def noise_level_features(c_noise, size=512):
 
 
 def patchify(x, p):
-    """(B,C,H,W) -> (B, T, p*p*C), patches row by row, each in (row, column, channel) order"""
+    """Cut (B,C,H,W) into (B, T, p*p*C), patches row by row, each in (row, column, channel) order."""
     B, C, H, W = x.shape
     return x.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1).reshape(B, (H // p) * (W // p), p * p * C)
 
 
 def unpatchify(x, p):
-    """The inverse of patchify for square pictures"""
+    """Undo patchify for square pictures."""
     B, T, n = x.shape
     side = math.isqrt(T)
     return x.view(B, side, side, p, p, n // (p * p)).permute(0, 5, 1, 3, 2, 4).reshape(B, -1, side * p, side * p)
 
 
 def kept_patches(uniforms, mask_ratio):
-    """Deferred masking: uniforms (B,T) -> ids_keep (B, int(T(1-r))), the smallest draws of each picture, ascending."""
+    """Choose the patches that masking keeps: uniforms (B,T) -> ids_keep (B, int(T(1-r))), smallest draws, ascending."""
     keep = int(uniforms.shape[1] * (1 - mask_ratio))
     if not 1 <= keep <= uniforms.shape[1]:
         raise ValueError(f"mask_ratio {mask_ratio} keeps {keep} of {uniforms.shape[1]} patches: it must be at least 0 "
@@ -282,7 +282,7 @@ def kept_patches(uniforms, mask_ratio):
 
 
 def gather_tokens(x, ids):
-    """x (B,T,d), ids (B,K) -> (B,K,d)"""
+    """Pick tokens: x (B,T,d), ids (B,K) -> (B,K,d)."""
     return x.gather(1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
@@ -321,7 +321,7 @@ class MicroDiT(nn.Module):
         return self.config.num_experts > 0 and (i + 1) % self.config.moe_every == 0
 
     def forward(self, x, c_noise, caption, ids_keep=None, kept_only=False):
-        """x (B,C,H,W) scaled by c_in, c_noise (B,) = ln(sigma)/4, caption (B,L,Dc), ids_keep (B,K) -> (B,C,H,W).
+        """Map x (B,C,H,W) scaled by c_in, c_noise (B,) = ln(sigma)/4, caption (B,L,Dc) and ids_keep (B,K) to (B,C,H,W).
 
         With ids_keep the other patches come back zero; with kept_only they do not come back: (B, K, p*p*C).
         """
@@ -359,7 +359,7 @@ class MicroDiT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Xavier-uniform Linears, except where a layer's own init_weights says otherwise: normal (0.02), scaled by
+        """Draw Linears Xavier-uniform, except where a layer's own init_weights says otherwise: normal (0.02), scaled by
         depth at the outputs of the blocks (the paper's code)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -379,12 +379,12 @@ class MicroDiT(nn.Module):
 
     @classmethod
     def from_official(cls, state_dict, config):
-        """A network with the weights of a released state dict, in float32; ValueError if the tensors do not fit."""
+        """Return a network with the weights of a released state dict, in float32; ValueError if they do not fit."""
         from encoders.released import from_official
         return from_official(cls, state_dict, config)
 
     def to_official(self):
-        """The weights under the released checkpoints' tensor names, with their two constants."""
+        """Return the weights under the released checkpoints' tensor names, with their two constants."""
         from encoders.released import to_official
         return to_official(self)
 
@@ -399,7 +399,7 @@ def linspace(first, last, n):
 
 
 def denoise(net, x, sigma, caption, ids_keep=None):
-    """D(x; sigma) = c_skip x + c_out F(c_in x, ln(sigma)/4) (EDM, eq. 7): x (B,C,H,W), sigma (B,) -> (B,C,H,W)
+    """Compute D(x; sigma) = c_skip x + c_out F(c_in x, ln(sigma)/4) (EDM, eq. 7): x (B,C,H,W), sigma (B,) -> (B,C,H,W).
 
     In x's precision, except inside the network. With ids_keep the other patches mean nothing: their F is zero.
     """
@@ -410,7 +410,7 @@ def denoise(net, x, sigma, caption, ids_keep=None):
 
 
 def preconditioning(sigma):
-    """EDM, table 1: c_skip, c_out, c_in, c_noise, each shaped like sigma"""
+    """Return c_skip, c_out, c_in and c_noise of EDM's table 1, each shaped like sigma."""
     total = sigma ** 2 + SIGMA_DATA ** 2
     return SIGMA_DATA ** 2 / total, sigma * SIGMA_DATA / total.sqrt(), total.rsqrt(), sigma.log() / 4
 
@@ -422,7 +422,7 @@ def network_dtype(net):
 
 
 def edm_loss(net, latents, caption, sigma, noise, ids_keep=None, reduce=True):
-    """Weighted squared error of D (EDM, eq. 8), in float32: latents, noise (B,C,H,W), sigma (B,) -> scalar.
+    """Compute the weighted squared error of D (EDM, eq. 8) in float32: latents, noise (B,C,H,W), sigma (B,) -> scalar.
 
     The mean over each picture's kept patches, then over pictures; reduce=False gives the B means. noise ~ N(0, 1).
     A network that leaves a scalar or (B,) as its attribute extra_loss has that added in training.
@@ -445,7 +445,7 @@ def edm_loss(net, latents, caption, sigma, noise, ids_keep=None, reduce=True):
 
 
 def noise_levels(steps, sigma_max=80.0, sigma_min=0.002, rho=7.0):
-    """EDM, eq. 5: `steps` levels from sigma_max down to sigma_min, then 0, as float64"""
+    """Return `steps` levels from sigma_max down to sigma_min (EDM, eq. 5), then 0, as float64."""
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     sigma = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
     return torch.cat([sigma, sigma.new_zeros(1)])
@@ -454,7 +454,7 @@ def noise_levels(steps, sigma_max=80.0, sigma_min=0.002, rho=7.0):
 @torch.no_grad()
 def sample(net, noise, caption, steps=30, guidance_scale=5.0, sampler="heun", *, sigma_max=80.0, sigma_min=0.002,
            rho=7.0, negative_caption=None, on_step=None):
-    """Latents (B,C,H,W) from noise ~ N(0, 1) of that shape and captions (B,L,Dc).
+    """Draw latents (B,C,H,W) from noise ~ N(0, 1) of that shape and captions (B,L,Dc).
 
     Guidance D_negative + w (D_caption - D_negative) runs both branches in one batch; guidance 1 runs one.
     negative_caption (B,L,Dc) defaults to zeros, what caption dropout trains. "heun" costs 2*steps-1 evaluations,
@@ -482,7 +482,7 @@ def sample(net, noise, caption, steps=30, guidance_scale=5.0, sampler="heun", *,
 
 
 def heun(denoised, x, sigmas, on_step):
-    """EDM, algorithm 1 without churn: second order, the last step to sigma 0 is Euler's"""
+    """Follow EDM's algorithm 1 without churn: second order, but for Euler's last step to sigma 0."""
     for sigma, next_sigma in zip(sigmas[:-1], sigmas[1:]):
         h = (next_sigma - sigma).item()
         d = denoised(x, sigma)
@@ -496,7 +496,7 @@ def heun(denoised, x, sigmas, on_step):
 
 
 def dpmpp_2m(denoised, x, sigmas, on_step):
-    """DPM-Solver++(2M) (Lu et al. 2022) with lambda = -ln sigma: second order from one evaluation a step"""
+    """Follow DPM-Solver++(2M) (Lu et al. 2022) with lambda = -ln sigma: second order from one evaluation a step."""
     previous, previous_h = None, None
     for sigma, next_sigma in zip(sigmas[:-1], sigmas[1:]):
         d = now = denoised(x, sigma)

@@ -54,7 +54,7 @@ STRIP = 8  # moments of the denoising that a strip shows
 
 
 def all_prompts():
-    """(prompts, negative prompts), one for each picture"""
+    """Return (prompts, negative prompts), one for each picture."""
     texts = list(prompt)
     if prompts_file:
         if not Path(prompts_file).is_file():
@@ -70,7 +70,7 @@ def all_prompts():
 
 
 def warn_unknown_words(pipeline, texts):
-    """The stand-in encoder has a vector for any word, but the network only knows those of its training captions."""
+    """Name words that training never showed: the stand-in encoder has a vector for any word."""
     new = sorted({word for text in texts for word in words_of(text)} - set(pipeline.words))
     if pipeline.words and new:
         print(f"warning: {pipeline.name} was never shown the word{'s' * (len(new) > 1)} {', '.join(new)}. It knows: "

@@ -130,7 +130,7 @@ def train(state, net, batches, report, processes):
 
 
 def learning_rate_at(step):
-    """Linear from 0 over warmup_steps, then constant, or a cosine that ends at min_learning_rate of the peak"""
+    """Rise linearly over warmup_steps, then stay, or fall as a cosine to min_learning_rate of the peak."""
     if step < warmup_steps:
         return learning_rate * (step + 1) / warmup_steps
     if schedule == "constant":
@@ -141,12 +141,12 @@ def learning_rate_at(step):
 
 
 def is_masked(step):
-    """Whether a step drops patches: all do but the last unmasked_steps"""
+    """Return whether a step drops patches: all do but the last unmasked_steps."""
     return mask_ratio > 0 and step < max_steps - unmasked_steps
 
 
 def is_due(step, every):
-    """Whether something is to be done after this step; 0: never"""
+    """Return whether something is to be done after this step; every 0 means never."""
     return every > 0 and (step % every == 0 or step == max_steps)
 
 
@@ -155,7 +155,7 @@ def computes_in_bfloat16(device):
 
 
 def autocast(device):
-    """Matrix products in bfloat16 where that is wanted. The weights stay float32."""
+    """Compute matrix products in bfloat16 where that is wanted. The weights stay float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bfloat16(device))
 
 

@@ -14,19 +14,19 @@ MOST = 64               # pictures of a grid
 
 
 def decode_images(vae, latents):
-    """Latents (B,C,h,w) -> list of PIL images"""
+    """Decode latents (B,C,h,w) to a list of PIL images."""
     pixels = (vae.decode(latents).float() / 2 + 0.5).clamp(0, 1) * 255
     return [Image.fromarray(p) for p in pixels.round().byte().permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def enlarged(image, cell):
-    """The picture, enlarged without smoothing by a whole factor to about `cell` pixels if it is smaller"""
+    """Enlarge a small picture without smoothing, by a whole factor, to about `cell` pixels."""
     scale = max(1, round(cell / image.width))
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
 
 
 def wrapped(text, font, width):
-    """The lines of a text, broken between words to fit into `width` pixels"""
+    """Break a text between words into lines that fit into `width` pixels."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -38,7 +38,7 @@ def wrapped(text, font, width):
 
 
 def picture_grid(images, columns, captions=(), cell=128):
-    """The pictures row by row, each with its caption below it where there are captions."""
+    """Lay out the pictures row by row, each with its caption below it where there are captions."""
     shown = [enlarged(image, cell) for image in images]
     font = ImageFont.load_default(11)
     w, h = shown[0].size

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def pick_device(name):
-    """torch.device of "cuda", "mps", "cpu" or "auto" (or None), the best there is; ValueError if it is not there.
+    """Return the torch.device of "cuda", "mps", "cpu" or "auto"; ValueError if this machine lacks it.
 
     Of several GPUs each process of torchrun has its own, which becomes the current one.
     """

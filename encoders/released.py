@@ -23,7 +23,7 @@ VAES = {4: "stabilityai/stable-diffusion-xl-base-1.0/vae", 16: "ostris/vae-kl-f8
 
 
 def load(path):
-    """(network, run) as checkpoint.load_network gives them; ValueError says what is wrong with the file."""
+    """Return (network, run) as checkpoint.load_network does; ValueError says what is wrong with the file."""
     state = network_tensors(read(path), path)
     try:
         config = infer_config(state)
@@ -37,7 +37,7 @@ def load(path):
 
 
 def read(path):
-    """What the file holds, unpickled safely"""
+    """Return what the file holds, unpickled safely."""
     try:
         zipped = zipfile.is_zipfile(path)  # what torch has written since 1.6
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
@@ -53,7 +53,7 @@ def read(path):
 
 
 def network_tensors(found, path):
-    """The network's tensors, whether they lie bare, under state_dict, or in a Composer checkpoint"""
+    """Return the network's tensors, whether they lie bare, under state_dict, or in a Composer checkpoint."""
     for key in ("state", "model", "state_dict"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
@@ -68,7 +68,7 @@ def network_tensors(found, path):
 
 
 def infer_config(state):
-    """The MicroDiTConfig of a released state dict. Head width and MLP ratios are XL/2's: tensors do not tell them."""
+    """Infer the MicroDiTConfig of a released state dict. Head width and MLP ratios are XL/2's, as no tensor tells."""
     dim, channels, patch, _ = state["x_embedder.proj.weight"].shape
     tokens = state["pos_embed"].shape[1]
     side = math.isqrt(tokens)
@@ -92,7 +92,7 @@ def count(state, name):
 
 
 def download(name):
-    """The local file of ORG/REPO/PATH.pt on the hub"""
+    """Return the local file of ORG/REPO/PATH.pt on the hub."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     org, repo, file = name.split("/", 2)
@@ -118,7 +118,7 @@ OFFICIAL_PARTS = [(".modulation.", ".adaLN_modulation.1."), (".cross_attn.q.", "
 
 
 def official_name(name):
-    """The released checkpoints' name of one of our parameters"""
+    """Return the released checkpoints' name of one of our parameters."""
     for ours, theirs in OFFICIAL_NAMES:
         if name.startswith(ours):
             name = theirs + name[len(ours):]

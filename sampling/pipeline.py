@@ -23,7 +23,7 @@ GROUP = 256  # with offload: pictures per round, so that the parts move to the G
 
 @dataclass
 class Pipeline:
-    """Everything between a text and a picture"""
+    """Holds everything between a text and a picture."""
     net: MicroDiT
     vae: object
     text_encoder: object
@@ -36,11 +36,11 @@ class Pipeline:
 
     @property
     def size(self):
-        """Side of its pictures in pixels"""
+        """Return the side of its pictures in pixels."""
         return self.net.config.latent_size * self.vae.downsample
 
     def autocast(self):
-        """The precision that training computed the network in"""
+        """Compute the network in the precision of training."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     @contextlib.contextmanager
@@ -58,7 +58,7 @@ class Pipeline:
 
 def load(path, device=None, *, ema=True, vae="", text_encoder="", dtype="auto", offload="auto", compile=False,
          scaling_factor=0.0):
-    """The Pipeline of a checkpoint: a file, a run folder, or "" for the newest run.
+    """Load the Pipeline of a checkpoint: a file, a run folder, or "" for the newest run.
 
     vae, text_encoder: others than the checkpoint names. ValueError says what is missing or does not fit.
     """
@@ -87,7 +87,7 @@ def load(path, device=None, *, ema=True, vae="", text_encoder="", dtype="auto", 
 
 
 def check_ends(pipeline, released):
-    """ValueError if the autoencoder or the text encoder gives other shapes than the network was trained on"""
+    """Raise a ValueError if autoencoder or text encoder give other shapes than the network was trained on."""
     vae, text, config = pipeline.vae, pipeline.text_encoder, pipeline.net.config
     if released and getattr(vae, "shift", 0):
         print(f"note: the released networks were trained without the shift of {vae.shift} in the config of {vae.name}: "
@@ -101,7 +101,7 @@ def check_ends(pipeline, released):
 
 
 def check_prompts(prompts, negative_prompts, seed):
-    """(prompts, negative prompts, seeds), one of each for every picture; ValueError if they do not go together"""
+    """Return (prompts, negative prompts, seeds), one of each for every picture; ValueError if they do not fit."""
     prompts = list(prompts)
     seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed + i for i in range(len(prompts))]
     negative = [negative_prompts] if isinstance(negative_prompts, str) else list(negative_prompts or [])
@@ -117,7 +117,7 @@ def check_prompts(prompts, negative_prompts, seed):
 
 
 def generate(pipeline, prompts, steps=30, guidance_scale=None, seed=2024, sampler="heun", **options):
-    """One PIL image per prompt. Picture i starts from noise that depends on seed + i alone, whatever the batch size.
+    """Return one PIL image per prompt. Picture i starts from noise that depends on seed + i alone.
 
     guidance_scale None: that of the run's own sample pictures. seed may be a list, one for each picture.
     options: negative_prompts (one for each prompt, or one for all), sigma_max, batch_size, progress (see draw).
@@ -157,7 +157,7 @@ def draw(pipeline, prompts, steps=30, guidance_scale=None, seed=2024, sampler="h
 
 
 def start_noise(pipeline, seeds):
-    """(B,C,h,w) ~ N(0, 1), every picture's a function of its seed alone"""
+    """Return noise (B,C,h,w) ~ N(0, 1), every picture's a function of its seed alone."""
     c = pipeline.net.config
     shape = (c.latent_channels, c.latent_size, c.latent_size)
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]

@@ -13,7 +13,7 @@ from training.dataset import decoded_captions
 
 
 def generator(*key):
-    """A CPU generator that is a function of these whole numbers"""
+    """Return a CPU generator that is a function of these whole numbers."""
     state = np.random.SeedSequence(key).generate_state(2, np.uint64)
     return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
 
@@ -32,7 +32,7 @@ class Batches:
         self.pool = ThreadPoolExecutor(threads) if threads else None
 
     def row_ids(self, step, micro):
-        """The rows (size,) of a micro-batch"""
+        """Return the rows (size,) of a micro-batch."""
         n = len(self.rows)
         positions = (step * self.micros + micro) * self.size + np.arange(self.size)
         ids = np.empty(self.size, np.int64)
@@ -45,9 +45,8 @@ class Batches:
         return self.rows[ids]
 
     def __call__(self, step, micro):
-        """{"latents" (B,C,H,W), "captions" (B,L,D), "sigma" (B,), "noise" (B,C,H,W), "uniforms" (B,T), "kept_captions"
-        (B,)}, latents and captions as they lie on disk
-        """
+        """Return {"latents" (B,C,H,W), "captions" (B,L,D), "sigma" (B,), "noise" (B,C,H,W), "uniforms" (B,T),
+        "kept_captions" (B,)}, latents and captions as they lie on disk."""
         g = generator(self.seed, 2, step, micro)
         batch = self.dataset.read(self.row_ids(step, micro), self.pool)
         batch["sigma"] = (self.p_mean + self.p_std * torch.randn(self.size, generator=g)).exp()
@@ -63,7 +62,7 @@ class Batches:
 
 
 def to_device(batch, device):
-    """The batch on the device: latents, captions (dropped ones zero), sigma, noise, uniforms, all float32"""
+    """Move a batch to the device: latents, captions (dropped ones zero), sigma, noise, uniforms, all float32"""
     batch = {name: t.to(device, non_blocking=True) for name, t in batch.items()}
     captions = decoded_captions(batch).float() * batch["kept_captions"].view(-1, 1, 1)
     return batch["latents"].float(), captions, batch["sigma"], batch["noise"], batch["uniforms"]

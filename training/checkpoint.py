@@ -29,7 +29,7 @@ TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", tor
 
 
 class Damaged(ValueError):
-    """What a file holds is no whole checkpoint"""
+    """Says that a file does not hold a whole checkpoint."""
 
 
 def code_hash():

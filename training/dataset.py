@@ -36,7 +36,7 @@ def write_shard(folder, name, latents, captions, rows, caption_dtype="float16"):
 
 
 def quantize(captions):
-    """(n,L,D) float -> int8 (n,L,D) and float16 scales (n,L,D/32): the largest of every 32 neighbours becomes 127.
+    """Store (n,L,D) float as int8 and float16 scales (n,L,D/32): the largest of every 32 neighbours becomes 127.
 
     One scale per 32 and not per token, because a few channels of CLIP's are many times larger than the others.
     """
@@ -48,13 +48,13 @@ def quantize(captions):
 
 
 def dequantize(captions, scales):
-    """The inverse of quantize, for tensors on any device -> (n,L,D) float32"""
+    """Undo quantize, for tensors on any device -> (n,L,D) float32."""
     blocks = captions.unflatten(-1, (scales.shape[-1], -1)).float() * scales.float().unsqueeze(-1)
     return blocks.flatten(-2)
 
 
 def read_info(folder):
-    """dataset.json as a dict; ValueError if the folder is not a finished data set."""
+    """Return dataset.json as a dict; ValueError if the folder is not a data set."""
     path = Path(folder) / "dataset.json"
     if not path.is_file():
         how = ("`python prepare_latents.py` makes it" if Path(folder) == Path("data/shapes") else
@@ -71,7 +71,7 @@ def read_info(folder):
 
 
 def check_same_encoders(info, folder, other, other_name):
-    """ValueError if `folder` was prepared with another autoencoder or text encoder than `other` says"""
+    """Raise a ValueError if `folder` was prepared with another autoencoder or text encoder than `other` says."""
     for key in ("vae", "text_encoder"):
         if info[key] != other[key]:
             raise ValueError(f"{folder} was prepared with {key} {info[key]}, but {other_name} with {other[key]}: use "
@@ -165,7 +165,7 @@ class Dataset:
                       "captions": Array(f"{path}.captions.npy", n, tokens, dtype)}
             if dtype == np.int8:
                 arrays["scales"] = Array(f"{path}.scales.npy", n, blocks, np.float16)
-            kept = rows_above(f"{path}.rows.jsonl", side) if side else None
+            kept = rows_at_least(f"{path}.rows.jsonl", side) if side else None
             self.shards.append((path, arrays, kept))
             self.starts.append(self.starts[-1] + (n if kept is None else len(kept)))
         return info
@@ -174,7 +174,7 @@ class Dataset:
         return int(self.starts[-1])
 
     def split(self, most):
-        """(rows to train on, rows to validate on): of every folder the last hundredth, at most `most` in all"""
+        """Return (rows to train on, rows to validate on): of every folder the last hundredth, at most `most` in all."""
         train, held = [], []
         for start, end in zip([0, *self.ends], self.ends):
             n = min(max(1, most * (end - start) // len(self)), max(1, (end - start) // 100))
@@ -183,7 +183,7 @@ class Dataset:
         return Rows(train), Rows(held)
 
     def _locate(self, ids):
-        """[(shard, row in its files)] of these rows"""
+        """Return [(shard, row in its files)] of these rows."""
         ids = np.asarray(ids)
         numbers = np.searchsorted(self.starts, ids, side="right") - 1
         places = []
@@ -193,7 +193,7 @@ class Dataset:
         return places
 
     def read(self, ids, pool=None):
-        """{"latents": (n,C,h,w), "captions": (n,L,D), maybe "scales"} of these rows as they lie on disk, as tensors"""
+        """Read {"latents": (n,C,h,w), "captions": (n,L,D), maybe "scales"} of these rows, as they lie on disk."""
         places = self._locate(ids)
         arrays = {name: np.empty((len(ids), *a.shape), a.dtype) for name, a in places[0][0][1].items()}
 
@@ -206,12 +206,12 @@ class Dataset:
         return {name: torch.from_numpy(a) for name, a in arrays.items()}
 
     def rows(self, ids):
-        """latents (n,C,h,w) and captions (n,L,D) of these rows, float16 (captions stored as int8: float32)"""
+        """Return latents (n,C,h,w) and captions (n,L,D) of these rows, float16 (captions stored as int8: float32)."""
         batch = self.read(ids)
         return batch["latents"].numpy(), decoded_captions(batch).numpy()
 
     def texts(self, ids):
-        """The caption texts of these rows"""
+        """Return the caption texts of these rows."""
         wanted = {}  # {file: {line: position}}
         for position, ((path, *_), row) in enumerate(self._locate(ids)):
             wanted.setdefault(f"{path}.rows.jsonl", {}).setdefault(row, []).append(position)
@@ -228,18 +228,18 @@ PARTS = 4  # pieces of a batch that are read at the same time, where there are t
 
 
 def decoded_captions(batch):
-    """The captions (n,L,D) of what Dataset.read gave, on whatever device that is now"""
+    """Return the captions (n,L,D) of what Dataset.read gave, on whatever device that is now."""
     return dequantize(batch["captions"], batch["scales"]) if "scales" in batch else batch["captions"]
 
 
 def min_side(given):
-    """("FOLDER", 512) of "FOLDER@512", ("FOLDER", 0) of "FOLDER" """
+    """Return ("FOLDER", 512) of "FOLDER@512", ("FOLDER", 0) of "FOLDER"."""
     folder, at, side = given.rpartition("@")
     return (folder, int(side)) if at and side.isdigit() else (given, 0)
 
 
-def rows_above(path, side):
-    """Numbers of the rows whose picture's shorter side had so many pixels"""
+def rows_at_least(path, side):
+    """Return the numbers of the rows whose picture's shorter side had so many pixels."""
     with open(path, encoding="utf-8") as file:
         sizes = [(row["width"], row["height"]) for row in map(json.loads, file)]
     return np.flatnonzero(np.array(sizes, np.int64).reshape(-1, 2).min(1) >= side)

@@ -17,20 +17,20 @@ GUESSED_MFU = 0.4  # before the first steps are measured
 
 
 def noise_bins(sigma, mean, std):
-    """Bin 0..BINS-1 of each noise level, equally probable under ln sigma ~ N(mean, std^2)"""
+    """Return the bin 0..BINS-1 of each noise level. All are equally probable under ln sigma ~ N(mean, std^2)."""
     quantile = torch.special.ndtr((sigma.log() - mean) / std)
     return (quantile * BINS).long().clamp(0, BINS - 1)
 
 
 def by_level(total, count, mean, std):
-    """{median noise level of a bin: mean loss}, of the bins that have any"""
+    """Return {median noise level of a bin: mean loss} of the bins that have any."""
     middle = (torch.arange(BINS, dtype=torch.float64) + 0.5) / BINS
     sigmas = (mean + std * torch.special.ndtri(middle)).exp().tolist()
     return {f"{s:.2g}": (t / n).item() for s, t, n in zip(sigmas, total, count) if n}
 
 
 class Losses:
-    """The losses of pictures since the last reading, summed by noise level on the device. Only finite ones count."""
+    """Sums the losses of pictures by noise level, on the device, until they are read. Only finite ones count."""
 
     def __init__(self, p_mean, p_std, processes):
         self.p_mean, self.p_std, self.processes = p_mean, p_std, processes
@@ -38,14 +38,14 @@ class Losses:
         self.sums = torch.zeros(2, BINS, dtype=dtype, device=processes.device)
 
     def add(self, sigma, loss):
-        """sigma, loss (B,)"""
+        """Add the losses (B,) of pictures at noise levels sigma (B,)."""
         loss = loss.detach()
         finite, bins = loss.isfinite(), noise_bins(sigma, self.p_mean, self.p_std)
         self.sums[0].index_add_(0, bins, torch.where(finite, loss, 0).to(self.sums.dtype))
         self.sums[1].index_add_(0, bins, finite.to(self.sums.dtype))
 
     def read(self):
-        """(mean loss, {noise level: loss}) of all processes' pictures. It begins again."""
+        """Return (mean loss, {noise level: loss}) of all processes' pictures, and begin again."""
         total, count = self.processes.sum(self.sums)
         found = (total.sum() / count.sum()).item(), by_level(total, count, self.p_mean, self.p_std)
         self.sums.zero_()
@@ -53,7 +53,7 @@ class Losses:
 
 
 class Log:
-    """Console lines for people, the same as JSON lines for programs, and for Weights & Biases if wanted"""
+    """Prints lines for people, and writes the same as JSON lines for programs and to Weights & Biases if wanted."""
 
     def __init__(self, folder, step, silent=False, wandb="", settings=None):
         self.path, self.silent, self.wandb = Path(folder) / "log.jsonl", silent, None
@@ -78,14 +78,14 @@ class Log:
 
 
 class Meter:
-    """images/s, MFU and time left, of training alone.
+    """Measures images/s, MFU and time left, of training alone.
 
     MFU is relative to the datasheet's dense bf16 peak, or else to a matrix product timed at the start, times the number
     of processes.
     """
 
     def __init__(self, config, run, caption_length, half, processes):
-        """run: settings batch_size, max_steps, unmasked_steps and mask_ratio"""
+        """run holds the settings batch_size, max_steps, unmasked_steps and mask_ratio."""
         self.run, self.world, self.pauses, self.training = run, processes.world, 0.0, 0.0
         flops = [forward_flops(config, ratio, caption_length) for ratio in (0.0, run["mask_ratio"])]
         self.known = None not in flops
@@ -97,13 +97,13 @@ class Meter:
         self.restart(0)
 
     def cost(self, first, last):
-        """FLOPs of the steps from `first` to before `last`, over all processes"""
+        """Return the FLOPs of the steps from `first` to before `last`, over all processes."""
         masked_until = self.run["max_steps"] - self.run["unmasked_steps"] if self.run["mask_ratio"] else 0
         masked = max(0, min(last, masked_until) - first)
         return masked * self.flops[1] + (last - first - masked) * self.flops[0]
 
     def expected(self, step):
-        """Seconds from this step to the end, before anything is measured; None if FLOPs are not known"""
+        """Estimate the seconds from this step to the end before anything is measured; None if FLOPs are not known."""
         rate = (self.peak or self.measured or 0) * self.world * GUESSED_MFU
         return self.cost(step, self.run["max_steps"]) / rate if rate else None
 
@@ -112,7 +112,7 @@ class Meter:
 
     @contextlib.contextmanager
     def paused(self):
-        """What happens within is not training."""
+        """Do not count what happens within as training."""
         began, cpu_began = time.perf_counter(), time.process_time()
         yield
         self.started += time.perf_counter() - began
@@ -120,12 +120,12 @@ class Meter:
         self.pauses += time.perf_counter() - began
 
     def cpu_share(self):
-        """How much of its threads' time this process had since restart(), 0 to 1. They spin while they wait for each
-        other, so on a machine of their own they have nearly all of it."""
+        """Return how much of its threads' time this process had since restart(), 0 to 1. They spin while they wait for
+        each other, so on a machine of their own they have nearly all of it."""
         return (time.process_time() - self.cpu_started) / (time.perf_counter() - self.started) / torch.get_num_threads()
 
     def read(self, step):
-        """{images_per_s, mfu, eta_s} since restart(), which begins again. mfu is None if FLOPs are not known."""
+        """Return {images_per_s, mfu, eta_s} since restart(), and restart. mfu is None if FLOPs are not known."""
         seconds, done = time.perf_counter() - self.started, self.cost(self.first, step)
         self.training += seconds
         # validation, pictures and checkpoints will go on taking their share

@@ -13,7 +13,7 @@ import torch
 
 
 class Muon(torch.optim.Optimizer):
-    """params: weights of shape (..., rows, columns). Updates are scaled to suit AdamW's lr and weight_decay.
+    """Takes params of shape (..., rows, columns). Updates are scaled to suit AdamW's lr and weight_decay.
 
     As with torch's fused AdamW, nothing changes in a step when the attribute found_inf is set to a tensor that is true.
     """
@@ -49,7 +49,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices, steps=5):
-    """(n, rows, columns) -> about U V^T of each, where U S V^T is its singular value decomposition"""
+    """Return about U V^T of each matrix (n, rows, columns), where U S V^T is its singular value decomposition."""
     x = matrices.bfloat16() if fast_bfloat16(matrices.device) else matrices  # which is enough for a direction
     tall = x.shape[1] > x.shape[2]
     if tall:
@@ -67,7 +67,7 @@ def fast_bfloat16(device):
 
 
 class Optimizer:
-    """AdamW, or with kind "muon" Muon for the matrices of the blocks and AdamW for all else"""
+    """Is AdamW, or with kind "muon" Muon for the matrices of the blocks and AdamW for all else."""
 
     def __init__(self, net, kind, lr, *, betas, weight_decay):
         named = dict(net.named_parameters())
@@ -120,9 +120,9 @@ class Optimizer:
 
 
 class Average:
-    """Moving average of the weights: w_avg += (1 - decay) (w - w_avg). It begins at step `start` as a copy of them.
+    """Keeps the moving average (EMA) of the weights: w_avg += (1 - decay) (w - w_avg).
 
-    net is None until then, and always with decay 0.
+    It begins at step `start` as a copy of them. net is None until then, and always with decay 0.
     """
 
     def __init__(self, decay, start):

@@ -16,7 +16,7 @@ PATIENCE = timedelta(hours=1)  # how long to wait for another process; a large c
 
 @dataclass
 class Processes:
-    """This process's number, how many there are, its device, and a group on the host, which waits for no GPU"""
+    """Knows this process's number, how many there are, its device, and a group on the host, which waits for no GPU."""
     rank: int
     world: int
     device: torch.device

@@ -29,10 +29,10 @@ MOST_SKIPPED = 10  # steps in a row without a finite gradient, after which a run
 
 
 class Report:
-    """What a run tells while it trains. The loop adds to `losses`; `meter` is paused during reports."""
+    """Says how a run does while it trains. The loop adds to `losses`; `meter` is paused during reports."""
 
     def __init__(self, state, settings, validation, autocast, processes):
-        """settings: those of train.py; validation: (data set, its rows); autocast(device) as the loop has it"""
+        """settings are train.py's, validation is (data set, its rows), autocast(device) is the loop's."""
         s = self.settings = settings
         self.folder, self.processes = Path(s["out"]), processes
         (self.val_set, self.val_rows), self.autocast = validation, lambda: autocast(processes.device)
@@ -75,8 +75,8 @@ class Report:
         measured = step >= self.meter.first + 10 and self.processes.device.type == "cpu" and threads > 1
         if measured and share < BUSY and not self.warned and self.processes.rank == 0:
             self.warned = True
-            print(f"note: other programs take {100 * (1 - share):.0f} % of the time of this run's {threads} threads, which "
-                  "wait for each other. Beside them it is faster with OMP_NUM_THREADS=1 in front of the command: stop "
+            print(f"note: other programs take {100 * (1 - share):.0f} % of the time of this run's {threads} threads, "
+                  "which wait for each other. Beside them it is faster with OMP_NUM_THREADS=1 in front of the command: stop "
                   "it with Ctrl-C, and it goes on from there", file=sys.stderr)
 
     def validate(self, state):
@@ -100,7 +100,7 @@ class Report:
 
 @torch.no_grad()
 def validate(net, val_set, ids, size, autocast, processes):
-    """(loss, {noise level: loss}) without masking, on noise that never changes; `size` rows at a time"""
+    """Return (loss, {noise level: loss}) without masking, on noise that never changes; `size` rows at a time."""
     n, device = len(ids), processes.device
     ids = ids[np.arange(n)]
     quantiles = (torch.randperm(n, generator=generator(7)) + 0.5) / n  # one noise level a row, evenly spread
@@ -123,7 +123,7 @@ def validate(net, val_set, ids, size, autocast, processes):
 
 
 def draw_samples(net, val_set, ids, vae, autocast, how):
-    """(pictures, their captions) of the first validation rows. how: steps and guidance_scale of model.sample"""
+    """Return (pictures, their captions) of the first validation rows. how: steps and guidance_scale of model.sample"""
     c, device = net.config, next(net.parameters()).device
     ids = ids[np.arange(min(DRAWN, len(ids)))]
     captions = torch.from_numpy(val_set.rows(ids)[1]).float().to(device)

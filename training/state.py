@@ -29,7 +29,7 @@ class State:
 
     @property
     def averaged_net(self):
-        """The network with the averaged weights, or the network itself where there is no average"""
+        """Return the network with the averaged weights, or the network itself where there is no average."""
         return self.average.net or self.net
 
     def save(self, folder, keep):
