@@ -76,8 +76,8 @@ class Report:
         if measured and share < BUSY and not self.warned and self.processes.rank == 0:
             self.warned = True
             print(f"note: other programs take {100 * (1 - share):.0f} % of the time of this run's {threads} threads, "
-                  "which wait for each other. Beside them it is faster with OMP_NUM_THREADS=1 in front of the command: stop "
-                  "it with Ctrl-C, and it goes on from there", file=sys.stderr)
+                  "which wait for each other. Beside them it is faster with OMP_NUM_THREADS=1 in front of the command: "
+                  "stop it with Ctrl-C, and it goes on from there", file=sys.stderr)
 
     def validate(self, state):
         """Log the validation loss of the averaged weights, and draw progress.png."""
