@@ -421,7 +421,7 @@ def network_dtype(net):
     return torch.float32 if first is None else first.dtype
 
 
-def edm_loss(net, latents, caption, sigma, noise, ids_keep=None, reduce=True):
+def edm_loss(net, latents, caption, sigma, noise, ids_keep=None, *, reduce=True):
     """Compute the weighted squared error of D (EDM, eq. 8) in float32: latents, noise (B,C,H,W), sigma (B,) -> scalar.
 
     The mean over each picture's kept patches, then over pictures; reduce=False gives the B means. noise ~ N(0, 1).
