@@ -1,6 +1,7 @@
 """studies: what arms cost, a small study from the first run to the table, and curves of several runs."""
 
 import json
+from pathlib import Path
 from threading import Barrier
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from studies import ablate
 def study(shapes32, tmp_path, monkeypatch):
     """studies.ablate with a small budget, in this process"""
     given = {"data": (str(shapes32),), "val_data": (str(shapes32),), "out": str(tmp_path / "study"), "budget": 0.07,
-             "count": 0, "seeds": (3,), "arms": ("naive",)}  # fmt: skip
+             "count": 2, "seeds": (3,), "arms": ("naive",)}  # fmt: skip
     for name, value in given.items():
         monkeypatch.setattr(ablate, name, value)
     return ablate
@@ -45,7 +46,14 @@ def test_a_small_study_and_its_restart(study, tmp_path, monkeypatch):
 
     def start(command, **options):
         calls.append(command[1])
-        launch(*command[1:])  # faster than a process of its own
+        if command[1] == "train.py":
+            launch(*command[1:])  # faster than a process of its own
+        else:
+            assert " --captions shapes --count 2 " in " ".join(map(str, command))
+            scores = Path(command[-1]) / "results.json"
+            scores.parent.mkdir()
+            rights = {"background": [4, 4], "color": [1, 4], "size": [0, 4], "shape": [2, 4]}
+            scores.write_text(json.dumps({"results": [{"attributes": rights}]}))
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(study.subprocess, "run", start)
@@ -61,11 +69,12 @@ def test_a_small_study_and_its_restart(study, tmp_path, monkeypatch):
     assert losses(out / "base/seed3-equal-flops")[1] < losses(out / "base/seed3")[1]
     text = (out / "table.md").read_text()
     assert "At equal training FLOPs" in text and "| base tail=0.25 mlp_ratio=0.5,1.0 | 1 | " in text
+    assert "| color, % | size, % |" in text and "| 100 | 25 | 0 | 50 |" in text
     assert Image.open(out / "curves.png").size[0] > 500
-    assert calls == ["train.py"] * 4  # the masked run to two steps, and two unmasked parts
+    assert calls == ["train.py", "train.py", "eval_fid.py"] * 2  # the masked run to two steps, each with a tail
     (out / "base/seed3.json").unlink()  # as if it had been stopped before the last file
     study.main(given)
-    assert len(calls) == 4 and (out / "table.md").read_text() == text
+    assert len(calls) == 6 and (out / "table.md").read_text() == text
     with pytest.raises(ValueError, match="made with another arm base: give another --out"):
         study.main([["base", "tail=0.5"]])
     with monkeypatch.context() as patch:
@@ -106,17 +115,6 @@ def test_the_command_line():
         assert f"python -m studies.{name}" in launch(f"studies/{name}.py", "--help")
         assert "nearest is" in launch(f"studies/{name}.py", "--sedes=3", fails=True)
     assert "nowhere" in launch("studies/ablate.py", "--arm", "a", "dim=96", "--data=nowhere", fails=True)
-
-
-def test_scores_come_from_eval_fid(study, tmp_path, monkeypatch):
-    def call(script, given):
-        assert script == ["eval_fid.py"] and given["captions"] == "shapes" and given["count"] == 2
-        given["out"].mkdir()
-        (given["out"] / "results.json").write_text('{"results": [{"attributes": {"color": [1, 2]}}]}')
-
-    monkeypatch.setattr(study, "count", 2)
-    monkeypatch.setattr(study, "call", call)
-    assert study.attribute_scores(tmp_path / "step_1.safetensors") == {"color": [1, 2]}
 
 
 def test_every_run_has_a_gpu_of_those_that_are_given(study, monkeypatch):
