@@ -7,7 +7,7 @@ import tarfile
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, launch
 from PIL import Image
 
 from configurator import script_settings
@@ -84,7 +84,7 @@ def test_links_lead_somewhere(page):
         assert target.exists() and anchor in ("", *anchors), (path, anchor)
 
 
-def test_photos_and_cifar(script, tmp_path):
+def test_photos_and_cifar(tmp_path):
     """The commands marked "here", with their files in a folder of the test and fewer steps"""
     for folder in ("photos", "data"):
         (tmp_path / folder).mkdir()
@@ -102,7 +102,7 @@ def test_photos_and_cifar(script, tmp_path):
         if any(part in line for part in COMMANDS["here"]):
             line = line.replace("runs/tiny", "runs/photos").replace("-m training.export", "training/export.py")
             _, *words = shlex.split(re.sub(r" (data/|runs/|photos/|tiny\.)", rf" {tmp_path}/\1", line))
-            script(*words, *fewer.get(words[0], ()), env={"PYTHONPATH": str(ROOT)})
+            launch(*words, *fewer.get(words[0], ()))
     with tarfile.open(tmp_path / "data/cifar10-val.tar") as tar:
         assert tar.getnames()[:2] == ["00000.png", "00000.txt"] and len(tar.getnames()) == 18
         pixels = np.asarray(Image.open(tar.extractfile("00003.png")))
@@ -110,7 +110,7 @@ def test_photos_and_cifar(script, tmp_path):
     assert list((tmp_path / "samples").glob("*.png")) and (tmp_path / "tiny.safetensors").exists()
 
 
-def test_the_figure_is_what_its_script_draws(script, tmp_path):
-    script(shutil.copy(ROOT / "docs/masking_figure.py", tmp_path), cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
+def test_the_figure_is_what_its_script_draws(tmp_path):
+    launch(shutil.copy(ROOT / "docs/masking_figure.py", tmp_path))
     drawn, kept = (np.asarray(Image.open(f / "deferred_masking.png"), float) for f in (tmp_path, ROOT / "docs"))
     assert drawn.shape == kept.shape and np.abs(drawn - kept).mean() < 1
