@@ -101,8 +101,8 @@ def read_arm(name, *words):
         step, unmasked = (training_flops(settings, info, ratio) for ratio in (settings["mask_ratio"], 0.0))
         steps, last = budget * 1e12 * (1 - tail) / step, budget * 1e12 * tail / unmasked
         total = int(budget * 1e12 / training_flops(defaults, info, 0.0))
-        last_of_total = round(total * last / (steps + last))
-        plan = {"flops": (int(steps), round(last)), "steps": (total - last_of_total, last_of_total)}
+        equal_last = round(total * last / (steps + last))
+        plan = {"flops": (int(steps), round(last)), "steps": (total - equal_last, equal_last)}
         if min(n for point in plan.values() for n in (point if tail else point[:1])) < 1:
             raise ValueError(f"a budget of {budget} TFLOP is less than a step for a part of it")
     except ValueError as error:
@@ -147,7 +147,7 @@ def words_of(value):
 
 
 def slots():
-    return parallel or torch.cuda.device_count() or os.cpu_count() or 1
+    return parallel or torch.cuda.device_count() or os.cpu_count()
 
 
 def call(script, given):
@@ -157,7 +157,7 @@ def call(script, given):
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     thread = int(threading.current_thread().name.rpartition("_")[2])  # the pool numbers its threads
     share = {"CUDA_VISIBLE_DEVICES": gpus.split(",")[thread % len(gpus.split(","))],
-             "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // slots())), "EXIT_WITH_PARENT": "1"}
+             "OMP_NUM_THREADS": str(max(1, os.cpu_count() // slots())), "EXIT_WITH_PARENT": "1"}
     words = [word for name, value in given.items() for word in (f"--{name}", *words_of(value))]
     done = subprocess.run([sys.executable, *script, *words], text=True, capture_output=True, env=os.environ | share)
     if done.returncode:
@@ -229,16 +229,14 @@ def run_all(chosen):
 def table(study, results, point):
     """Format a row for each arm, with mean ± standard deviation over its seeds."""
     scored = [name for name in ("background", "color", "size", "shape") if results[0]["points"][point]["scores"]]
-    rows = [["arm", "seeds", "parameters", "steps", "training TFLOP", "validation loss",
-             *(f"{name}, %" for name in scored)]]
+    rows = [["arm", "seeds", "parameters", "steps", "training TFLOP", "validation loss", *(f"{n}, %" for n in scored)]]
     for arm in dict.fromkeys(result["arm"] for result in results):
         words = [f"{name}={','.join(words_of(value))}" for name, value in study[f"arm {arm}"].items()]
         at = [result["points"][point] for result in results if result["arm"] == arm]
+        percents = ([100 * right / of for right, of in (p["scores"][name] for p in at)] for name in scored)
         rows.append([" ".join([arm, *words]), str(len(at)), f"{at[0]['parameters'] / 1e6:.2f} M", f"{at[0]['step']:,}",
-                     f"{at[0]['tflop']:.2f}", mean_and_spread([p["val_loss"] for p in at])])
-        for name in scored:
-            percents = [100 * right / of for right, of in (p["scores"][name] for p in at)]
-            rows[-1].append(mean_and_spread(percents, "{:.0f}"))
+                     f"{at[0]['tflop']:.2f}", mean_and_spread([p["val_loss"] for p in at]),
+                     *(mean_and_spread(values, "{:.0f}") for values in percents)])
     return markdown(rows)
 
 

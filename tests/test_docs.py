@@ -14,8 +14,8 @@ from configurator import script_settings
 
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
 COMMANDS = {  # which test runs the commands of the pages that have such parts ("here": below), or why none does
-    "here": ("--source photos/ --out data/photos ", "--data data/photos ", "--checkpoint runs/photos", "training.export",
-             "docs/cifar.py", "--source data/cifar10-", "--out runs/cifar"),
+    "here": ("--source photos/ --out data/photos ", "--data data/photos ", "--checkpoint runs/photos", "docs/cifar.py",
+             "--source data/cifar10-", "--out runs/cifar", "training.export"),
     "a download": ("-r requirements.txt", "-r requirements-dev.txt", "curl", "pip install", "img2dataset", "geneval"),
     "a download; tests/test_published.py has small ones": ("data/photos512", "--checkpoint VSehwag24"),
     "tests/test_datasets.py": ("sed -i", "torchrun --nproc_per_node=8 prepare_latents.py"),
