@@ -1,6 +1,7 @@
 """bench.py and common/flops.py: the arithmetic, and that what measures a GPU runs."""
 
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -65,10 +66,7 @@ def test_what_measures_a_gpu_runs(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("compiled", "eager", "MFU", "a step of 4", "aten::bmm", "1.0 hours, $2"))
 
-    def full(*arguments):
-        raise torch.cuda.OutOfMemoryError
-
-    monkeypatch.setattr(bench, "make_step", full)
+    monkeypatch.setattr(bench, "make_step", Mock(side_effect=torch.cuda.OutOfMemoryError))
     assert bench.measure_run("small", RUN, SMALL, torch.device("cpu"), 1e12) is None
     assert "small: out of memory with 2 pictures" in capsys.readouterr().out
 

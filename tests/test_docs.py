@@ -86,8 +86,8 @@ def test_links_lead_somewhere(page):
 
 def test_photos_and_cifar(tmp_path):
     """The commands marked "here", with their files in a folder of the test and fewer steps"""
-    for folder in ("photos", "data"):
-        (tmp_path / folder).mkdir()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "data").mkdir()
     for i in range(8):
         Image.new("RGB", (40, 36), (30 * i, 90, 120)).save(tmp_path / f"photos/{i}.jpg")
         (tmp_path / f"photos/{i}.txt").write_text("a photo of a cat")

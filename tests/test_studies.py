@@ -1,9 +1,10 @@
 """studies: what arms cost, a small study from the first run to the table, and curves of several runs."""
 
 import json
+import threading
 from pathlib import Path
-from threading import Barrier
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from conftest import launch, log_of
@@ -114,22 +115,16 @@ def test_the_command_line():
     assert "nowhere" in launch("studies/ablate.py", "--arm", "a", "dim=96", "--data=nowhere", fails=True)
 
 
-def test_every_run_has_a_gpu_of_those_that_are_given(study, monkeypatch):
-    seen, both = [], Barrier(2)
-
-    def start(command, env, **options):
-        both.wait(60)  # two are run side by side
-        seen.append(env["CUDA_VISIBLE_DEVICES"])
-        return SimpleNamespace(returncode=0)
-
-    monkeypatch.setattr(study.subprocess, "run", start)
+@pytest.mark.parametrize("visible, gpu", [("5,7", "7"), ("", "1")])
+def test_every_run_has_a_gpu_of_those_that_are_given(study, monkeypatch, visible, gpu):
+    seen = Mock(return_value=SimpleNamespace(returncode=0))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(study.subprocess, "run", seen)
     monkeypatch.setattr(study.torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(study, "run", lambda arm, seed: study.call(["x.py"], {}))
+    monkeypatch.setattr(threading.current_thread(), "name", "ThreadPoolExecutor-0_3")
     study.open_study([])
-    for visible in ("5,7", ""):
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        study.run_all([SimpleNamespace(name="a"), SimpleNamespace(name="b")])
-    assert [set(seen[:2]), set(seen[2:])] == [{"5", "7"}, {"0", "1"}]
+    study.call(["x.py"], {})
+    assert seen.call_args.kwargs["env"]["CUDA_VISIBLE_DEVICES"] == gpu and study.slots() == 2
 
 
 def test_compare(tmp_path):
