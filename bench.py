@@ -5,9 +5,9 @@ What training costs: arithmetic, the speed of a step, and the whole recipe in ho
     python bench.py config/xl2_256.py config/xl2_256_unmasked.py config/xl2_512.py config/xl2_512_unmasked.py
     python bench.py --loader data/shapes    # how fast random rows are read, from the page cache and from the disk
 
-With configs and a GPU: a step of each (its share of the global batch, in micro-batches, optimizer and all), compiled
-and eager; MFU against the datasheet's dense bf16 peak; memory; and the recipe from these. With configs and no GPU: the
-arithmetic, and this machine's own speed. FLOPs are three times those of the forward pass, counted on the meta device.
+With configs and a GPU: a step of each (a GPU's share of the batch, optimizer and all), compiled and eager, with MFU
+against the datasheet's dense bf16 peak and memory; and the recipe from these. With configs and no GPU: the arithmetic,
+and this machine's own speed. FLOPs are three times those of the forward pass, counted on the meta device.
 """
 import sys
 
@@ -21,7 +21,6 @@ gpus = 8                    # for the recipe; every one has its share of the glo
 price = 3.75                # dollars for an hour of one GPU
 assumed_mfu = 0.5           # for the recipe where there is no measurement
 loader = ""                 # prepared folder whose rows are to be read
-backend = "inductor"        # of torch.compile
 profile = False             # also list the operators that take longest
 device = "auto"             # cuda, mps or cpu; auto: the best there is
 
@@ -30,7 +29,6 @@ if __name__ == "__main__":
         sys.argv.insert(1, "--configs")
     settings = configure(globals())
 
-import copy
 import os
 import statistics
 import time
@@ -45,6 +43,7 @@ from common import flops
 from common.machine import keep_freed_memory, pick_device
 from model import MicroDiT, MicroDiTConfig, edm_loss
 from training.dataset import Dataset, min_side, read_info
+from training.optimizer import Average, Optimizer
 
 TINY_2 = MicroDiTConfig(dim=512, depth=16, head_dim=32, mixer_depth=4, mixer_dim=512)
 ASSUMED_PEAK = flops.PEAKS["H100"]
@@ -55,19 +54,17 @@ def main(device):
         keep_freed_memory()  # as train.py does
     if loader:
         return measure_loader(loader)
-    if not configs:
-        return measure_here(device)
-    runs, hours = [read_run(path) for path in configs], 0.0
-    if device.type == "cuda":
-        peak = flops.peak_flops(device) or ASSUMED_PEAK
+    runs, peak, hours = [read_run(path) for path in configs], flops.peak_flops(device) or ASSUMED_PEAK, 0.0
+    if configs and device.type == "cuda":
         print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}: peak {peak / 1e12:,.1f} TFLOP/s, "
               f"{flops.matmul_rate(device, torch.bfloat16) / 1e12:,.1f} on bf16 matrix products")
     else:
         measure_here(device)
     for run in runs:
         hours += print_run(*run, measure_run(*run, device, peak) if device.type == "cuda" else None)
-    print(f"together {hours:.1f} hours, ${hours * gpus * price:,.0f}, without data preparation, checkpoints, "
-          "validation, and what the GPUs wait for each other")
+    if configs:
+        print(f"together {hours:.1f} hours, ${hours * gpus * price:,.0f}, without data preparation, checkpoints, "
+              "validation, and what the GPUs wait for each other")
 
 
 def read_run(path):
@@ -90,9 +87,8 @@ def print_run(name, settings, network, rate=None):
     if whole:
         state = total * 4 * (4 + (settings["ema_decay"] > 0))  # weights, gradients, two moments, average
         picture = flops.activation_bytes(network, mask)
-        shares = [f"{part} {100 * share:.0f} %" for part, share in flops.flop_shares(network, mask).items()]
-        print(f"  {whole:.2e} FLOP, forward {flops.forward_flops(network, mask) / 1e9:,.1f} GFLOP a picture: "
-              f"{', '.join(shares)}\n  memory {state / 1e9:.1f} GB + {picture / 1e6:,.0f} MB a picture "
+        print(f"  {whole:.2e} FLOP, forward {flops.forward_flops(network, mask) / 1e9:,.1f} GFLOP a picture\n"
+              f"  memory {state / 1e9:.1f} GB + {picture / 1e6:,.0f} MB a picture "
               f"({(state + picture * micro) / 1e9:.0f} GB with its micro-batches of {micro})")
     elif not rate:
         raise ValueError(f"{name}: neither its FLOPs nor its speed are known, so neither is its price")
@@ -107,7 +103,7 @@ def print_run(name, settings, network, rate=None):
 def timed(function, device, before=lambda: None):
     """Return (median, least, most) seconds of calls of the function, each after a call of before()."""
     seconds = []
-    for _ in range(rounds + 1):
+    for _ in range(rounds + 1):  # the first round warms up
         before()
         started = time.perf_counter()
         function()
@@ -118,8 +114,7 @@ def timed(function, device, before=lambda: None):
         with torch.profiler.profile() as recorded:
             function()
         print(recorded.key_averages().table(f"self_{device.type}_time_total", row_limit=20, max_name_column_width=60))
-    seconds = seconds[1:]  # the first round warms up
-    return statistics.median(seconds), min(seconds), max(seconds)
+    return statistics.median(seconds[1:]), min(seconds[1:]), max(seconds[1:])
 
 
 def efficiency(network, mask, images_per_second, peak):
@@ -151,7 +146,7 @@ def measure_run(name, settings, network, device, peak):
     torch.cuda.empty_cache()
     try:
         net, step = make_step(settings, network, device, micro, share // micro)
-        for version, module in (("compiled", torch.compile(net, backend=backend)), ("eager", net)):
+        for version, module in (("compiled", torch.compile(net)), ("eager", net)):
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             seconds, low, high = timed(partial(step, module), device)
@@ -168,19 +163,16 @@ def make_step(settings, network, device, micro, micros):
     """Return (network, function that makes a step of training with it or its compiled form)."""
     torch.manual_seed(0)
     net, batch = MicroDiT(network).to(device), flops.random_batch(network, micro, settings["mask_ratio"], device)
-    optimizer = torch.optim.AdamW(net.parameters(), 1e-5, weight_decay=settings["weight_decay"], fused=True)
-    average = copy.deepcopy(net).requires_grad_(False) if settings["ema_decay"] else None
+    optimizer = Optimizer(net, settings["optimizer"], 1e-5, betas=(0.9, 0.999), weight_decay=settings["weight_decay"])
+    average = Average(settings["ema_decay"], 0)
 
     def step(module):
         for _ in range(micros):
             with torch.autocast(device.type, torch.bfloat16):
                 loss = edm_loss(module, *batch)
             loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), settings["grad_clip"])
-        optimizer.step()
-        optimizer.zero_grad()
-        if average:
-            torch._foreach_lerp_(list(average.parameters()), [p.detach() for p in net.parameters()], 0.001)
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), settings["grad_clip"])
+        average.update(net, 1, optimizer.step(1e-5, norm))
     return net, step
 
 
@@ -198,11 +190,10 @@ def measure_loader(folder):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     print(f"{folder}: {len(dataset):,} rows of {size / 256e3:.1f} kB, 256 random ones at a time; medians of {rounds}")
-    ways = {"1 thread": partial(dataset.read, ids), "4 threads": partial(dataset.read, ids, ThreadPoolExecutor(4))}
-    disk = {"disk": forget} if hasattr(os, "posix_fadvise") else {}  # Linux alone can forget a file
-    for state, before in {"page cache": lambda: None, **disk}.items():
-        for name, way in ways.items():
-            seconds, *_ = timed(way, torch.device("cpu"), before)
+    states = {"page cache": lambda: None, "disk": forget}
+    for state in states if hasattr(os, "posix_fadvise") else ["page cache"]:  # Linux alone can forget a file
+        for name, pool in (("1 thread", None), ("4 threads", ThreadPoolExecutor(4))):
+            seconds, *_ = timed(partial(dataset.read, ids, pool), torch.device("cpu"), states[state])
             print(f"  {state:10}, {name:9} {size / seconds / 1e9:6.2f} GB/s, {256 / seconds:9,.0f} rows/s")
 
 

@@ -4,6 +4,7 @@ import math
 from PIL import Image, ImageDraw, ImageFont
 
 COLORS = ("#1f4ed8", "#d8401f", "#1f9d55", "#7a1fd8", "#c98a00", "#108fa3", "#d81f8c", "#555555")
+WIDTH, HEIGHT = 760, 440
 LEFT, RIGHT, TOP, BOTTOM = 74, 24, 40, 52  # margins of the axes
 
 
@@ -20,22 +21,20 @@ def ticks(low, high, log):
 
 
 def axis(values, log):
-    """Return (low, high, function from a value to [0, 1])."""
-    low, high = min(values), max(values)
-    if log:
-        low, high = low / 1.03, high * 1.03
-        return low, high, lambda v: math.log(v / low) / math.log(high / low)
+    """Return (low, high, function from a value to [0, 1]), with a margin on both sides."""
+    scale, unscale = (math.log, math.exp) if log else (float, float)
+    low, high = scale(min(values)), scale(max(values))
     margin = 0.04 * (high - low) or abs(high) or 1.0
     low, high = low - margin, high + margin
-    return low, high, lambda v: (v - low) / (high - low)
+    return unscale(low), unscale(high), lambda v: (scale(v) - low) / (high - low)
 
 
-def plot(path, lines, x_label, y_label, *, title="", log=False, labels=None):
+def plot(path, lines, x_label, y_label, **options):
     """Save the picture of line_plot as a PNG."""
-    line_plot(lines, x_label, y_label, title=title, log=log, labels=labels).save(path)
+    line_plot(lines, x_label, y_label, **options).save(path)
 
 
-def line_plot(lines, x_label, y_label, *, title="", log=False, labels=None, size=(760, 440)):
+def line_plot(lines, x_label, y_label, *, title="", log=False, labels=None):
     """Draw {name: [(x, y), or (x, y, lowest, highest) for a band]}; log: y logarithmic; labels {name: a text a point}.
 
     Return a PIL image. ValueError if a line has no point, or one that is not finite (or with log not above 0).
@@ -44,24 +43,25 @@ def line_plot(lines, x_label, y_label, *, title="", log=False, labels=None, size
     ys = [v for points in lines.values() for p in points for v in p[1:]]
     if not ys or not all(lines.values()) or not all(map(math.isfinite, xs + ys)) or log and min(ys) <= 0:
         raise ValueError(f"no plot of {', '.join(lines)}: a line is empty, or a number has no place on the axis")
-    (x_low, x_high, fx), (y_low, y_high, fy), (width, height) = axis(xs, False), axis(ys, log), size
+    (x_low, x_high, fx), (y_low, y_high, fy) = axis(xs, False), axis(ys, log)
+    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
 
     def xy(x, y):
-        return LEFT + fx(x) * (width - LEFT - RIGHT), height - BOTTOM - fy(y) * (height - TOP - BOTTOM)
-    image = Image.new("RGB", size, "white")
+        return LEFT + fx(x) * (right - LEFT), bottom - fy(y) * (bottom - TOP)
+    image = Image.new("RGB", (WIDTH, HEIGHT), "white")
     draw, font = ImageDraw.Draw(image, "RGBA"), ImageFont.load_default(13)
     for value in ticks(y_low, y_high, log):
         y = xy(x_low, value)[1]
-        draw.line((LEFT, y, width - RIGHT, y), "#e2e2e2")
+        draw.line((LEFT, y, right, y), "#e2e2e2")
         draw.text((LEFT - 8, y), f"{value:g}"[:7], "black", font, anchor="rm")
     for value in ticks(x_low, x_high, False):
         x = xy(value, y_low)[0]
-        draw.line((x, height - BOTTOM, x, height - BOTTOM + 4), "black")
-        draw.text((x, height - BOTTOM + 8), f"{value:g}"[:7], "black", font, anchor="mt")
-    draw.line((LEFT, TOP, LEFT, height - BOTTOM, width - RIGHT, height - BOTTOM), "black")
-    draw.text(((LEFT + width - RIGHT) / 2, height - 8), x_label, "black", font, anchor="ms")
+        draw.line((x, bottom, x, bottom + 4), "black")
+        draw.text((x, bottom + 8), f"{value:g}"[:7], "black", font, anchor="mt")
+    draw.line((LEFT, TOP, LEFT, bottom, right, bottom), "black")
+    draw.text(((LEFT + right) / 2, HEIGHT - 8), x_label, "black", font, anchor="ms")
     draw.text((8, 8), y_label + (" (logarithmic)" if log else ""), "black", font)
-    draw.text((width - RIGHT, 8), title, "black", font, anchor="ra")
+    draw.text((right, 8), title, "black", font, anchor="ra")
     for n, (name, points) in enumerate(lines.items()):
         color = COLORS[n % len(COLORS)]
         if len(points[0]) == 4:
@@ -72,5 +72,5 @@ def line_plot(lines, x_label, y_label, *, title="", log=False, labels=None, size
             draw.ellipse((x - 4, y - 4, x + 4, y + 4), color)
             if labels:
                 draw.text((x + 7, y - 7), labels[name][i], color, font, anchor="ls")
-        draw.text((width - RIGHT - 8, TOP + 4 + 17 * n), name, color, font, anchor="ra")
+        draw.text((right - 8, TOP + 4 + 17 * n), name, color, font, anchor="ra")
     return image

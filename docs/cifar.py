@@ -14,13 +14,6 @@ from PIL import Image
 CLASSES = ("an airplane", "an automobile", "a bird", "a cat", "a deer", "a dog", "a frog", "a horse", "a ship",
            "a truck")
 
-
-def add(tar, name, data):
-    entry = tarfile.TarInfo(name)
-    entry.size = len(data)
-    tar.addfile(entry, io.BytesIO(data))
-
-
 if len(sys.argv) != 2:
     raise SystemExit(__doc__)
 archive = Path(sys.argv[1])
@@ -29,7 +22,10 @@ with tarfile.open(archive) as source:
         records = source.extractfile(f"cifar-10-batches-bin/{batch}.bin").read()[:count * 3073]
         with tarfile.open(archive.with_name(f"cifar10-{out}.tar"), "w") as tar:
             for i, record in enumerate(np.frombuffer(records, np.uint8).reshape(-1, 3073)):  # the class, then 3 planes
-                png = io.BytesIO()
+                png, text = io.BytesIO(), io.BytesIO(f"a photo of {CLASSES[record[0]]}".encode())
                 Image.fromarray(record[1:].reshape(3, 32, 32).transpose(1, 2, 0).copy()).save(png, "PNG")
-                add(tar, f"{i:05d}.png", png.getvalue())
-                add(tar, f"{i:05d}.txt", f"a photo of {CLASSES[record[0]]}".encode())
+                for suffix, file in (("png", png), ("txt", text)):
+                    entry = tarfile.TarInfo(f"{i:05d}.{suffix}")
+                    entry.size = file.getbuffer().nbytes
+                    file.seek(0)
+                    tar.addfile(entry, file)

@@ -69,16 +69,16 @@ OWN = {"schedule": "constant", "unmasked_steps": 0, "checkpoint_every": 0, "keep
 
 def choose_arms(given):
     """Return the arms that --arm gave as [[name, key=value, ...]], or else the default ones that `arms` names."""
-    names = [words[0] if words else "" for words in given]
-    if len(set(names)) < len(names) or not all(name and name == Path(name).name and "=" not in name for name in names):
-        raise ValueError(f"the arms are '{', '.join(names)}': each needs a name of its own, before its settings")
-    unknown = [name for name in arms if name not in ARMS]
-    if unknown or not arms:
-        raise ValueError(f"no arm {', '.join(unknown)}: there are {', '.join(ARMS)}, and --arm NAME key=value ...")
-    return [read_arm(name, words) for name, *words in given or [[name, *ARMS[name].split()] for name in arms]]
+    if unknown := ", ".join(name for name in arms if name not in ARMS):
+        raise ValueError(f"no arm {unknown}: there are {', '.join(ARMS)}, and --arm NAME key=value ...")
+    given = given or [[name, *ARMS[name].split()] for name in arms]
+    names = {words[0] for words in given if words and words[0] == Path(words[0]).name and "=" not in words[0]}
+    if not given or len(names) < len(given):
+        raise ValueError(f"the arms are {given}: there must be some, each with a name of its own before its settings")
+    return [read_arm(*words) for words in given]
 
 
-def read_arm(name, words):
+def read_arm(name, *words):
     """Return an arm of words like depth=9: its changes of the config, its costs and its plan.
 
     The plan is {point of comparison: (steps, unmasked steps after them, which are `tail` of the FLOPs)}.
@@ -91,18 +91,19 @@ def read_arm(name, words):
         several = isinstance(known.get(key), tuple)
         arguments += [f"--{key}", *value.split(",")] if several else [f"--{key}{equals}{value}"]
     try:
-        changes = parse_command_line(arguments, known)[1]
+        _, changes = parse_command_line(arguments, known)
         settings, tail = defaults | changes, changes.get("tail", 0.0)
         for key, value in changes.items():
-            if isinstance(value, tuple) and len(value) != len(defaults[key]):
-                raise ValueError(f"{key} is {value}: it needs {len(defaults[key])} values, {key}=A,B")
+            if len(words_of(value)) != len(words_of(defaults.get(key))):
+                raise ValueError(f"{key} is {value}: it needs as many values as in {config}, {key}=A,B")
         if min(settings["eval_every"], settings["batch_size"]) < 1 or not 0 <= tail < 1:
             raise ValueError("eval_every and batch_size must be above 0, and tail at least 0 and below 1")
         step, unmasked = (training_flops(settings, info, ratio) for ratio in (settings["mask_ratio"], 0.0))
-        total, each = int(budget * 1e12 / training_flops(defaults, info, 0.0)), ((1 - tail) / step, tail / unmasked)
-        last = round(total * each[1] / sum(each))
-        plan = {"flops": (int(budget * 1e12 * each[0]), round(budget * 1e12 * each[1])), "steps": (total - last, last)}
-        if min(n for steps in plan.values() for n in (steps if tail else steps[:1])) < 1:
+        steps, last = budget * 1e12 * (1 - tail) / step, budget * 1e12 * tail / unmasked
+        total = int(budget * 1e12 / training_flops(defaults, info, 0.0))
+        equal_last = round(total * last / (steps + last))
+        plan = {"flops": (int(steps), round(last)), "steps": (total - equal_last, equal_last)}
+        if min(n for point in plan.values() for n in (point if tail else point[:1])) < 1:
             raise ValueError(f"a budget of {budget} TFLOP is less than a step for a part of it")
     except ValueError as error:
         raise ValueError(f"arm {name}: {error}") from None
@@ -146,23 +147,19 @@ def words_of(value):
 
 
 def slots():
-    return parallel or torch.cuda.device_count() or os.cpu_count() or 1
+    return parallel or torch.cuda.device_count() or os.cpu_count()
 
 
 def call(script, given):
     """Run a script on this thread's share of the machine; ValueError holds the last line of one that fails."""
     if code_hash() != json.loads(Path(out, "study.json").read_text())["model.py"]:
         raise ValueError("model.py was changed while the study ran: restore it, or begin again with another --out")
-    if torch.cuda.is_available():
-        visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
-        gpus = visible or range(torch.cuda.device_count())
-        slot = int(threading.current_thread().name.rpartition("_")[2])  # the pool numbers its threads
-        share = {"CUDA_VISIBLE_DEVICES": str(gpus[slot % len(gpus)])}
-    else:
-        share = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // slots()))}
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    thread = int(threading.current_thread().name.rpartition("_")[2])  # the pool numbers its threads
+    share = {"CUDA_VISIBLE_DEVICES": gpus.split(",")[thread % len(gpus.split(","))],
+             "OMP_NUM_THREADS": str(max(1, os.cpu_count() // slots())), "EXIT_WITH_PARENT": "1"}
     words = [word for name, value in given.items() for word in (f"--{name}", *words_of(value))]
-    done = subprocess.run([sys.executable, *script, *words], text=True, check=False, capture_output=True,
-                          env=os.environ | {"EXIT_WITH_PARENT": "1"} | share)
+    done = subprocess.run([sys.executable, *script, *words], text=True, capture_output=True, env=os.environ | share)
     if done.returncode:
         raise ValueError(f"{' '.join(script)} for {given['out']}: {(done.stderr.strip() or '?').splitlines()[-1]}")
 
@@ -190,9 +187,7 @@ def attribute_scores(path):
 def run(arm, seed):
     """Train and measure an arm with a seed, and keep the result."""
     folder, points = Path(out, arm.name, f"seed{seed}"), {}
-    for steps, _ in sorted(arm.plan.values()):
-        train(arm, folder, steps, seed=seed)
-    for point, (steps, tail_steps) in arm.plan.items():
+    for point, (steps, tail_steps) in sorted(arm.plan.items(), key=lambda item: item[1]):  # the shorter one first
         path, parts = train(arm, folder, steps, seed=seed), [(folder, steps, arm.step_flops)]
         if tail_steps:
             # another seed, or it would meet the pictures of the first steps again in their order; its average starts
@@ -201,25 +196,22 @@ def run(arm, seed):
             path = train(arm, tail, tail_steps, mask_ratio=0.0, warmup_steps=0, init_from=path, init_optimizer=True,
                          seed=seed + 1000, ema_start=1, ema_decay=min(0.98, arm.settings["ema_decay"]))
             parts.append((tail, tail_steps, arm.unmasked_flops))
-        points[point] = measured(parts, arm) | {"scores": attribute_scores(path)}
-    result = {"arm": arm.name, "seed": seed, "model_sha256": code_hash(), "points": points}
-    write_json(folder.with_suffix(".json"), result)
+        points[point] = measured(parts) | {"parameters": arm.parameters, "scores": attribute_scores(path)}
+    write_json(folder.with_suffix(".json"),
+               {"arm": arm.name, "seed": seed, "model_sha256": code_hash(), "points": points})
     losses = [f"{p['val_loss']:.4f} at equal {point} ({p['step']:,} steps)" for point, p in points.items()]
     print(f"{arm.name}, seed {seed}: {', '.join(losses)}", flush=True)
 
 
-def measured(parts, arm):
-    """Return the last validation, seconds of training and the curve of parts [(folder, steps, FLOPs of a step)]."""
-    flops, seconds, curve, batch_size = 0.0, 0.0, [], arm.settings["batch_size"]
+def measured(parts):
+    """Return steps, costs, the last validation loss and the curve of parts [(folder, steps, FLOPs of a step)]."""
+    flops, curve = 0.0, []
     for folder, steps, each in parts:
-        log = [entry for entry in read_jsonl(folder / "log.jsonl") if entry["step"] <= steps]
-        validations, rates = ([entry for entry in log if key in entry] for key in ("val_loss", "images_per_s"))
-        curve += [((flops + e["step"] * each) / 1e12, e["val_loss"]) for e in validations]
-        for last, e in zip([0, *(e["step"] for e in rates)], rates):
-            seconds += (e["step"] - last) * batch_size / e["images_per_s"]
+        curve += [((flops + e["step"] * each) / 1e12, e["val_loss"]) for e in read_jsonl(folder / "log.jsonl")
+                  if "val_loss" in e and e["step"] <= steps]
         flops += steps * each
-    return {"parameters": arm.parameters, "step": sum(steps for _, steps, _ in parts), "tflop": flops / 1e12,
-            "seconds": seconds, "val_loss": validations[-1]["val_loss"], "curve": curve}
+    return {"step": sum(steps for _, steps, _ in parts), "tflop": flops / 1e12, "val_loss": curve[-1][1],
+            "curve": curve}
 
 
 def run_all(chosen):
@@ -235,22 +227,16 @@ def run_all(chosen):
 
 
 def table(study, results, point):
-    """Format a row for each arm, with mean ± standard deviation over its seeds.
-
-    Of the minutes it has the least, as other work on the machine only adds to them.
-    """
+    """Format a row for each arm, with mean ± standard deviation over its seeds."""
     scored = [name for name in ("background", "color", "size", "shape") if results[0]["points"][point]["scores"]]
-    rows = [["arm", "seeds", "parameters", "steps", "training TFLOP", "validation loss", "minutes of training",
-             *(f"{name}, %" for name in scored)]]
+    rows = [["arm", "seeds", "parameters", "steps", "training TFLOP", "validation loss", *(f"{n}, %" for n in scored)]]
     for arm in dict.fromkeys(result["arm"] for result in results):
         words = [f"{name}={','.join(words_of(value))}" for name, value in study[f"arm {arm}"].items()]
         at = [result["points"][point] for result in results if result["arm"] == arm]
+        percents = ([100 * right / of for right, of in (p["scores"][name] for p in at)] for name in scored)
         rows.append([" ".join([arm, *words]), str(len(at)), f"{at[0]['parameters'] / 1e6:.2f} M", f"{at[0]['step']:,}",
                      f"{at[0]['tflop']:.2f}", mean_and_spread([p["val_loss"] for p in at]),
-                     f"{min(p['seconds'] for p in at) / 60:.1f}"])
-        for name in scored:
-            percents = [100 * right / of for right, of in (p["scores"][name] for p in at)]
-            rows[-1].append(mean_and_spread(percents, "{:.0f}"))
+                     *(mean_and_spread(values, "{:.0f}") for values in percents)])
     return markdown(rows)
 
 

@@ -53,14 +53,17 @@ def described(run):
 
 
 def main():
+    if not runs:
+        raise ValueError("which runs? python -m studies.compare runs/a runs/b")
     groups, lines, rows = {}, {}, [["run", "seeds", "steps", "validation loss"]]
     for run in dict.fromkeys(runs):
         seed, rest = described(run)
         groups.setdefault(run if seed in groups.get(rest, ()) else rest, {})[seed] = run
     for group in groups.values():  # {seed: run}
+        first, *more = group.values()
         logs = [{e["step"]: e["val_loss"] for e in read_jsonl(f"{run}/log.jsonl") if "val_loss" in e}
-                for run in group.values()]
-        name = next(iter(group.values())) + (f" and {len(group) - 1} more" if len(group) > 1 else "")
+                for run in (first, *more)]
+        name = f"{first} and {len(more)} more" if more else first
         lines[name] = band(logs)
         if not lines[name]:
             raise ValueError(f"{name}: no validation loss at a step that all of them reached")
@@ -72,8 +75,6 @@ def main():
 
 if __name__ == "__main__":
     try:
-        if not runs:
-            raise ValueError("which runs? python -m studies.compare runs/a runs/b")
         main()
     except (ValueError, OSError) as error:
         raise SystemExit(f"compare.py: {error}") from None
