@@ -21,8 +21,8 @@ from pictures.decode import Unusable, load, square
 @dataclass
 class Sums:
     """The sums over pictures that the metrics follow from"""
-    statistics: dict = field(default_factory=dict)          # {"fid", "clip_fid"}: frechet.Statistics
-    clip_score: float = 0.0
+    statistics: dict = field(default_factory=dict)          # {metric: frechet.Statistics}, of the scores themselves
+                                                            # for clip_score
     count: int = 0
     sha256: object = field(default_factory=hashlib.sha256)  # of the hashes of all files
     bad: list = field(default_factory=list)                 # what is wrong with those that cannot be used
@@ -31,7 +31,6 @@ class Sums:
         """Add what extract() found in a batch."""
         for metric, features in batch["features"].items():
             self.statistics.setdefault(metric, Statistics(features.shape[1])).add(features)
-        self.clip_score += batch["clip_score"]
         self.count += len(batch["digests"])
         self.sha256.update(b"".join(batch["digests"]))
         self.bad += batch["bad"]
@@ -56,15 +55,13 @@ def prepare(networks, path, resolution, side):
 def extract(networks, batch, prepared):
     """Return what Sums.add() wants of a batch [(path, caption)], of which `prepared` is what prepare() made."""
     good = [(caption, *p) for (_, caption), p in zip(batch, prepared) if not isinstance(p, Unusable)]
-    result = {"features": {}, "clip_score": 0.0, "digests": [digest for _, _, digest in good],
+    result = {"features": {}, "digests": [digest for _, _, digest in good],
               "bad": [f"{path}: {p}" for (path, _), p in zip(batch, prepared) if isinstance(p, Unusable)]}
     for metric, network in networks.items() if good else ():
-        features = network.image([inputs[metric] for _, inputs, _ in good])
+        rows = network.image([inputs[metric] for _, inputs, _ in good]).cpu()
         if metric == "clip_score":
-            texts = network.text([caption for caption, _, _ in good])
-            result["clip_score"] = float(clip_scores(features, texts).cpu().numpy().sum())
-        else:
-            result["features"][metric] = features.cpu().numpy()
+            rows = clip_scores(rows, network.text([caption for caption, _, _ in good]).cpu())[:, None]
+        result["features"][metric] = rows.numpy()
     return result
 
 

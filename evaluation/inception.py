@@ -188,14 +188,14 @@ def load(path="", device="cpu", resize="clean"):
     with open(file, "rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     if not path and digest != SHA256:
-        raise ValueError(f"{file} is not the published file: its sha256 is {digest}, not {SHA256}. Delete it, and it "
-                         "is downloaded again, or name yours with --inception FILE")
+        raise ValueError(f"{file} is not the published file, whose sha256 is {SHA256}. Delete it, and it is downloaded "
+                         "again, or name yours with --inception FILE")
     net = Inception()
     try:
         net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"{file} does not hold FID's Inception ({' '.join(str(error).split())[:300]}): it is damaged "
-                         f"or another network, as torchvision's and timm's are. The file is {URL}") from None
+        raise ValueError(f"{file} does not hold FID's Inception ({' '.join(str(error).split())[:300]}): the file is "
+                         f"{URL}") from None
     net.prepare, net.width, net.name = RESIZES[resize], WIDTH, str(file)
     net.about = {"network_sha256": digest, "published": digest == SHA256, "resize": resize}
     return net.to(device).eval().requires_grad_(False)
