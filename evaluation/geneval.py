@@ -208,8 +208,7 @@ def judge(groups, prompt, position_threshold=0.1):
             reasons.append(reason)
         targets.append(None if reason else objects)
     for want in prompt.get("exclude", []):
-        n = len(groups.get(want["class"], []))
-        if n >= want["count"]:
+        if (n := len(groups.get(want["class"], []))) >= want["count"]:
             reasons.append(f"expected {want['class']}<{want['count']}, found {n}")
     return not reasons, "\n".join(reasons)
 
