@@ -8,7 +8,7 @@ Pictures -> FID, CLIP-FID and CLIP score. A network of the drawn set is scored b
 
 It draws the pictures (or takes those in --images), compares their features with a reference, a folder of real pictures
 or an .npz of their statistics in pytorch-fid's format, and writes OUT/results.json: "results" has an entry for each
-folder of pictures, "protocol" all else that the numbers depend on. Started again, it uses the pictures that are there.
+set of pictures, "protocol" all else that the numbers depend on. Started again, it uses the pictures that are there.
 
 An entry of the drawn set has "attributes": {name: [right, of]}, and the same for drawn pictures ("attributes_drawn")
 and for drawn pictures of other prompts ("attributes_chance"). There are two entries, for the pairs of colour and shape
@@ -21,7 +21,7 @@ from configurator import configure
 
 # what is judged
 checkpoint = ""               # checkpoint file or run folder; empty: the newest run
-images = ()                   # or folders of pictures already made, each judged by itself
+images = ""                   # or a folder of pictures already made
 captions = ""                 # prompts: .txt, one a line; COCO's .json or another list (.json, .jsonl, .tsv, .csv), the
                               # first caption of each picture; shapes or shapes_unseen: the drawn set's, with pairs of
                               # colour and shape that were shown in training or not. Empty: both of these, if trained
@@ -63,8 +63,6 @@ if __name__ == "__main__":
     exit_with_launcher()
 
 import hashlib
-import itertools
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,14 +71,14 @@ import PIL
 import torch
 import transformers
 
-from common.files import write_atomic
+from common.files import write_json
 from common.images import MOST, picture_grid
 from common.machine import pick_device
 from common.plot import plot
 from evaluation import drawn, features, frechet, prompts
 from evaluation import inception as inception_network
 from evaluation.clip import Clip
-from evaluation.processes import gathered, join, processes
+from evaluation.processes import gathered, join, processes, run_script
 from model import SAMPLERS
 from pictures import shapes
 from pictures.decode import load
@@ -98,13 +96,12 @@ FEW = 10_000  # pictures below which a distance says little
 @dataclass
 class Pictures:
     """A folder of pictures, and what is known of them"""
-    name: str                       # of the folder, below `out` if they are drawn here
-    items: list                     # [(path, caption, or None where no metric needs it)]
-    side: int                       # of the pictures, in pixels
-    source: str                     # where the captions are from
-    prompts: list                   # prompts.Prompt of each picture, where the source has an order
-    guidance_scale: float = None
-    description: dict = None        # of how they were drawn: generated.json
+    name: str                # of the folder, below `out` if they are drawn here
+    items: list              # [(path, caption, or None where no metric needs it)]
+    side: int                # of the pictures, in pixels
+    source: str              # where the captions are from
+    prompts: list            # prompts.Prompt of each picture, where the source has an order
+    description: dict        # of how they were drawn: generated.json
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,11 +121,10 @@ def caption_sources(run):
 
 def check_settings(chosen, distances, sources):
     """Refuse settings that do not fit together, before anything is loaded."""
-    for name, value, options in [("metrics", m, METRICS) for m in chosen] + [
-            ("resize", resize, inception_network.RESIZES), ("sampler", sampler, SAMPLERS),
-            ("dtype", dtype, ("auto", "bfloat16", "float32")), ("offload", offload, ("auto", "yes", "no"))]:
-        if value not in options:
-            raise ValueError(f"{name}: '{value}' is none of {', '.join(options)}")
+    for name, values, options in (("metrics", chosen, METRICS), ("resize", [resize], inception_network.RESIZES),
+                                  ("sampler", [sampler], SAMPLERS)):
+        if unknown := [value for value in values if value not in options]:
+            raise ValueError(f"{name}: '{unknown[0]}' is none of {', '.join(options)}")
     scales = {f"{s:g}" for s in guidance_scales if math.isfinite(s) and (s >= 0 or s == -1)}
     is_folder = bool(reference) and Path(reference).is_dir()
     is_file = reference.endswith(".npz") and Path(reference).is_file()
@@ -141,12 +137,10 @@ def check_settings(chosen, distances, sources):
             (not scales or len(scales) < len(guidance_scales),
              f"guidance_scales {guidance_scales}: at least one, all different, from 0 on, or -1 for the run's own"),
             (images and (checkpoint or tuple(guidance_scales) != (-1.0,) or (count and not matched)),
-             "checkpoint, guidance_scales and count are about pictures to be drawn, and images are there already: "
-             "leave them out"),
-            (distances and not reference, f"{' and '.join(distances)} need a --reference: a folder of "
-             "real pictures or an .npz of their statistics. Without one: --metrics clip_score"),
+             "checkpoint, guidance_scales and count are of pictures to be drawn: leave them out with --images"),
             (distances and not is_folder and not is_file,
-             f"no reference {reference}: it must be a folder of pictures or an .npz of statistics"),
+             f"{' and '.join(distances)} need a --reference, a folder of real pictures or an .npz of their statistics, "
+             f"which '{reference}' is not. Without one: --metrics clip_score"),
             ((matched or save_reference) and not (distances and is_folder),
              "matched and save_reference are about a --reference folder of pictures, for fid and clip_fid"),
             (save_reference and not save_reference.endswith(".npz"),
@@ -159,20 +153,14 @@ def check_settings(chosen, distances, sources):
 
 
 def existing_pictures(chosen):
-    """Return the Pictures of each folder in --images."""
-    sets = []
-    for folder in images:
-        paths, description = prompts.pictures_of(folder), drawn.read_description(folder)
-        if description and description["pictures"] != len(paths):
-            names = [f"{i:05d}.png" for i in range(description["pictures"])]
-            missing = [name for name in names if not (Path(folder) / name).exists()]
-            raise ValueError(f"{folder} holds {len(paths):,} pictures, {len(names):,} were to be drawn: missing are "
-                             f"{', '.join(missing[:10])}. Run the command that drew them again")
-        wanted = prompts.read(captions, len(paths)) if prompts.in_order(captions) else []
-        texts = prompts.captions_for(folder, paths, captions, wanted) if "clip_score" in chosen else [None] * len(paths)
-        sets.append(Pictures(folder, list(zip(paths, texts)), features.side_of(paths[0]), captions,
-                             wanted, description.get("guidance_scale"), description))
-    return sets
+    """Return the Pictures in --images."""
+    paths, description = prompts.pictures_of(images), drawn.read_description(images)
+    if len(paths) != description.get("pictures", len(paths)):
+        raise ValueError(f"{images} holds {len(paths):,} pictures, {description['pictures']:,} were to be drawn: run "
+                         "the command that drew them again")
+    wanted = prompts.read(captions, len(paths)) if prompts.in_order(captions) else []
+    texts = prompts.captions_for(images, paths, captions, wanted) if "clip_score" in chosen else [None] * len(paths)
+    return Pictures(images, list(zip(paths, texts)), features.side_of(paths[0]), captions, wanted, description)
 
 
 def folders_to_draw(pipeline, prompt_lists):
@@ -184,27 +172,16 @@ def folders_to_draw(pipeline, prompt_lists):
                                 batch_size=batch_size)
         for scale in dict.fromkeys(s if s >= 0 else pipeline.guidance_scale for s in guidance_scales):
             name = f"{source}/guidance_{scale:g}" if source in prompts.DRAWN else f"guidance_{scale:g}"
-            folder, description = Path(out) / name, common | {"guidance_scale": scale}
-            drawn.open_folder(folder, description)
-            items = [(folder / picture, caption) for picture, caption, _ in jobs]
-            sets.append(Pictures(name, items, pipeline.size, source, wanted, scale, description))
+            description = common | {"guidance_scale": scale}
+            drawn.open_folder(Path(out) / name, description)
+            items = [(Path(out) / name / picture, caption) for picture, caption, _ in jobs]
+            sets.append(Pictures(name, items, pipeline.size, source, wanted, description))
     return sets
 
 
 def jobs_of(wanted):
     """Return [(name, prompt, seed)] of the pictures to draw."""
     return [(f"{i:05d}.png", prompt.caption, seed + i) for i, prompt in enumerate(wanted)]
-
-
-def side_to_compare(sets):
-    """Return --resolution, or the side of the pictures if it is the same in all folders."""
-    sides = sorted({pictures.side for pictures in sets})
-    if sides[0] < resolution:
-        raise ValueError(f"there are pictures of {sides[0]} px, smaller than resolution {resolution}: they would be "
-                         f"judged for the enlarging. Give a --resolution of at most {sides[0]}")
-    if len(sides) > 1 and not resolution:
-        raise ValueError(f"the folders' pictures have sides of {', '.join(map(str, sides))}: give a --resolution")
-    return resolution or sides[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,16 +193,15 @@ def reference_pictures(wanted):
     folder = Path(reference)
     paths = sorted(pictures_below(folder))
     if matched:
-        by_name = {}
+        named = {}  # by the path in the folder, and by the name alone
         for path in paths:
-            by_name.setdefault(path.name, []).append(path)
-        exact = {path.relative_to(folder).as_posix(): [path] for path in paths}
-        found = {p.picture: exact.get(p.picture) or by_name.get(Path(p.picture).name, []) for p in wanted}
-        wrong = [f"'{name}' ({len(candidates)} times)" for name, candidates in found.items() if len(candidates) != 1]
-        if wrong:
+            for name in {path.relative_to(folder).as_posix(), path.name}:
+                named.setdefault(name, []).append(path)
+        candidates = {p.picture: named.get(p.picture) or named.get(Path(p.picture).name, []) for p in wanted}
+        if wrong := [f"'{name}' ({len(found)} times)" for name, found in candidates.items() if len(found) != 1]:
             raise ValueError(f"matched: {len(wrong):,} of the pictures that {captions} names are not once in {folder}: "
                              f"{', '.join(wrong[:10])}")
-        paths = [path for path, in found.values()]
+        paths = [path for path, in candidates.values()]
     if len(paths) < 2:
         raise ValueError(f"{len(paths)} pictures in {folder}: a reference needs two, and thousands to mean much")
     return paths
@@ -233,22 +209,20 @@ def reference_pictures(wanted):
 
 def statistics_file(path, metric):
     """Return the file of a metric's statistics, NAME.npz or NAME.clip.npz."""
-    return path if metric == "fid" else str(Path(path).with_suffix(".clip.npz"))
+    return Path(path) if metric == "fid" else Path(path).with_suffix(".clip.npz")
 
 
 def read_statistics(network, metric, side):
     """Return (mu, sigma, what the results say of them) from the reference's .npz. Refuse what cannot be compared."""
     path = statistics_file(reference, metric)
-    if not Path(path).is_file():
+    if not path.is_file():
         raise ValueError(f"{metric} needs the reference's CLIP statistics, {path}: make both with --reference FOLDER "
                          f"--save_reference {reference}, or choose --metrics without {metric}")
     mu, sigma, about = frechet.load(path)
-    if len(mu) != network.width:
-        raise ValueError(f"{path} is of {len(mu)} features, {metric} has {network.width}: it is of another network")
-    now = {key: value for key, value in (network.about | {"resolution": side}).items() if key in about}
-    if differ := drawn.differences({key: about[key] for key in now}, now):
+    now, said = network.about | {"resolution": side, "features": network.width}, about | {"features": len(mu)}
+    if differ := drawn.differences({key: said.get(key, value) for key, value in now.items()}, now):
         raise ValueError(f"{path} was made otherwise ({differ}): use the same settings, or make it again")
-    return mu, sigma, {"file": path, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(), "about": about}
+    return mu, sigma, {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "about": about}
 
 
 def measure_reference(networks, paths, side):
@@ -283,13 +257,13 @@ def load_networks(chosen, torch_device):
 def judge(networks, pictures, statistics, side):
     """Return an entry of the results."""
     sums = features.measure(networks, pictures.items, side, pictures.side, batch_size, pictures.name)
-    entry = {"folder": pictures.name, "guidance_scale": pictures.guidance_scale, "pictures": sums.count,
-             "pictures_sha256": sums.sha256.hexdigest(), "captions": pictures.source or "the folder's own",
+    entry = {"folder": pictures.name, "guidance_scale": pictures.description.get("guidance_scale"),
+             "pictures": sums.count, "pictures_sha256": sums.sha256.hexdigest(),
+             "captions": pictures.source or "the folder's own",
              "captions_sha256": drawn.hash_of([caption for _, caption in pictures.items])}
     for metric, s in sums.statistics.items():
-        entry[metric] = round(frechet.distance(s.mu, s.sigma, *statistics[metric][:2]), 4)
-    if "clip_score" in networks:
-        entry["clip_score"] = round(sums.clip_score / sums.count, 4)
+        value = s.mu[0] if metric == "clip_score" else frechet.distance(s.mu, s.sigma, *statistics[metric][:2])
+        entry[metric] = round(float(value), 4)
     return entry | {"generated": pictures.description}
 
 
@@ -307,16 +281,11 @@ def attribute_scores(pictures):
 
 
 def write_results(entries, protocol):
-    """Write results.json, and with several guidance scales the plot, and print a table. Keep an earlier result."""
+    """Write results.json, and with several guidance scales the plot, and print a table."""
     software = {"torch": torch.__version__.partition("+")[0], "pillow": PIL.__version__,
                 "transformers": transformers.__version__}
-    text = json.dumps({"results": entries, "protocol": protocol, "software": software}, indent=1) + "\n"
     path = Path(out) / "results.json"
-    if path.exists() and path.read_text(encoding="utf-8") != text:
-        earlier = next(p for n in itertools.count(1) if not (p := path.with_name(f"results.{n}.json")).exists())
-        path.rename(earlier)
-        print(f"the results of an earlier evaluation are now in {earlier}")
-    write_atomic(path, lambda file: file.write(text.encode()))
+    write_json(path, {"results": entries, "protocol": protocol, "software": software})
     for entry in entries:
         print_entry(entry, protocol["resolution"])
     if not protocol["networks"].get("fid", {"published": True})["published"]:
@@ -341,7 +310,7 @@ def print_entry(entry, side):
 def draw_curve(entries):
     """Plot FID against CLIP score, where there are both at several guidance scales."""
     points = {e["guidance_scale"]: (e["fid"], e["clip_score"]) for e in entries if "fid" in e and "clip_score" in e}
-    if len(points) > 1 and None not in points and len(points) == len(entries):
+    if len(points) > 1 and len(points) == len(entries):
         path, scales = Path(out) / "fid_clip.png", sorted(points)
         plot(path, {"guidance scale": [points[s] for s in scales]},
              f"FID ({resize}, {entries[0]['pictures']:,} pictures)", f"CLIP score ({clip})",
@@ -357,7 +326,7 @@ def main():
     check_settings(chosen, distances, sources)
     prompt_lists = {source: prompts.choose(prompts.read(source, count), count, caption_seed, source)
                     for source in sources if run or matched}
-    sets = existing_pictures(chosen) if images else []
+    sets = [existing_pictures(chosen)] if images else []
     real = reference_pictures(prompt_lists.get(captions)) if distances and Path(reference).is_dir() else []
     for folder in (Path(out), Path(save_reference).parent):
         folder.mkdir(parents=True, exist_ok=True)
@@ -369,12 +338,15 @@ def main():
         pipeline = load_pipeline(run, torch_device, ema=ema, vae=vae, text_encoder=text_encoder, dtype=dtype,
                                  offload=offload, compile=compile, scaling_factor=scaling_factor)
         sets = folders_to_draw(pipeline, prompt_lists)
-    side = side_to_compare(sets)
+    side = resolution or sets[0].side
+    if side > sets[0].side:
+        raise ValueError(f"resolution is {side}, and the pictures have {sets[0].side} px: they would be judged for the "
+                         f"enlarging. Give at most {sets[0].side}")
     # the reference comes before the drawing, as it may be at fault
     statistics, about_reference = measure_reference(networks, real, side) if distances else ({}, None)
     for pictures in sets if run else ():
         drawn.fill(pipeline, Path(out) / pictures.name, jobs_of(pictures.prompts), batch_size, steps=steps,
-                   sampler=sampler, guidance_scale=pictures.guidance_scale, sigma_max=sigma_max)
+                   sampler=sampler, guidance_scale=pictures.description["guidance_scale"], sigma_max=sigma_max)
     gathered("drawn")  # every process measures pictures that others drew
     entries = [judge(networks, pictures, statistics, side) for pictures in sets]
     if rank == 0:
@@ -388,11 +360,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        # a ValueError is met by all processes alike, as settings and files are the same for them
-        alike = isinstance(error, ValueError) and processes()[0] > 0
-        raise SystemExit(1 if alike else f"eval_fid.py: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit("eval_fid.py: stopped. The same command goes on with the pictures that are there") from None
+    run_script("eval_fid.py", main)

@@ -42,11 +42,11 @@ from common.machine import pick_device
 from evaluation import geneval
 from evaluation.clip import Clip, tensors_hash
 from evaluation.detector import detect, load_detector, name_colors
-from evaluation.drawn import differences, hash_of
-from evaluation.processes import gathered, join, processes
+from evaluation.drawn import hash_of
+from evaluation.processes import gathered, join, processes, run_script
 from pictures import decode
 
-NOTE = "its own weights, not mmdetection's: scores are close to published ones, not equal"
+NOTE = "(its own weights, not mmdetection's: scores are close to published ones, not equal)"
 
 
 def rules():
@@ -85,30 +85,23 @@ def detections_of(filename, path, prompt, folder, models, header):
 
 
 def run_detector(todo, stem):
-    """Return (header, [the detections of each picture]) to the first process of torchrun, ({}, []) to the others."""
+    """Return (header, [the detections of each picture])."""
     rank, world = join()
     torch_device = pick_device(device)
     model, tower = load_detector(detector, torch_device), Clip(clip, torch_device)
     header = {"made_by": "eval_geneval.py", "detector": detector, "detector_sha256": tensors_hash(model), "clip": clip,
               "clip_sha256": tower.about["network_sha256"], **rules()}
-    folder, merged = stem.with_name(f"{stem.name}.detections"), stem.with_name(f"{stem.name}.detections.jsonl")
-    models = model, tower, {}
-    if merged.exists():
-        with open(merged, encoding="utf-8") as file:
-            differ = differences(geneval.parse(file.readline(), merged), header)
-        if differ:
-            raise ValueError(f"{merged} was made otherwise ({differ}): remove it to begin again, or give another --out")
+    folder, models = Path(f"{stem}.detections"), (model, tower, {})
     folder.mkdir(parents=True, exist_ok=True)
     for item in tqdm(todo[rank::world], unit=" pictures", disable=rank > 0):
         detections_of(*item, folder, models, header)
-    gathered("done")  # the first process waits for the others' files
-    if rank:
-        return {}, []
+    gathered("done")  # the files of all processes are there from here on
     records = [detections_of(*item, folder, models, header) for item in todo]
     if damaged := [f"{r['filename']} ({r['unusable']})" for r in records if "unusable" in r]:
         raise ValueError(f"{len(damaged)} of {len(todo)} pictures cannot be used: {'; '.join(damaged[:10])}. Make them "
                          "anew, and the same command goes on")
-    write_lines(merged, [header, *records])
+    if rank == 0:
+        write_lines(f"{stem}.detections.jsonl", [header, *records])
     return header, records
 
 
@@ -119,16 +112,14 @@ def read_given(todo):
     if differ := sorted(records.keys() ^ set(names)):
         raise ValueError(f"{detections} and {images} are not of the same pictures: {len(differ)} are in one alone, as "
                          f"{', '.join(differ[:10])}")
-    for filename, _, prompt in todo:
-        groups = geneval.kept(records[filename]["objects"], prompt["tag"], **rules())
-        if any("color" not in thing for thing in geneval.color_wanted(groups, prompt)):
-            raise ValueError(f"{detections}: objects whose color the prompt asks for have no \"color\" in {filename}")
     return header, [records[name] for name in names]
 
 
 def verdict(filename, prompt, record):
     """Return one line of the results, with what the official evaluator writes."""
     groups = geneval.kept(record["objects"], prompt["tag"], **rules())
+    if any("color" not in thing for thing in geneval.color_wanted(groups, prompt)):
+        raise ValueError(f"{detections}: objects of {filename} have no \"color\", which its prompt asks for")
     correct, reason = geneval.judge(groups, prompt, position_threshold)
     details = {name: [[*thing["box"], thing["score"]] for thing in group] for name, group in groups.items()}
     return {"filename": filename, "tag": prompt["tag"], "prompt": prompt["prompt"], "correct": correct,
@@ -138,16 +129,13 @@ def verdict(filename, prompt, record):
 def print_scores(report):
     """Print the scores of the tasks and overall."""
     print(f"\n{images}: {report['prompts']:,} prompts, {report['images']:,} images")
-    for tag in geneval.TASKS:
-        task = report["tasks"].get(tag)
-        print(f"  {tag:30} " + (f"{100 * task['score']:6.2f} %  ({task['correct']} of {task['images']})" if task else
-                                "  none here"))
-    for key, name in (("mean_of_tasks", "overall, tasks weigh equally"), ("mean_of_images", "images weigh equally"),
-                      ("prompts_any_correct", "prompts with a right image"),
-                      ("prompts_all_correct", "prompts with right ones only")):
-        print(f"  {name:30} " + (f"{100 * report[key]:6.2f} %" if report[key] is not None else
-                                 "  none, as not all six tasks are here"))
-    print(f"detector: {report['detector']}" + (f" ({report['note']})" if report["note"] else ""))
+    for tag, task in report["tasks"].items():
+        print(f"  {tag:30} {100 * task['score']:6.2f} %  ({task['correct']} of {task['images']})")
+    print(f"  images weigh equally           {100 * report['mean_of_images']:6.2f} %")
+    print("  overall, tasks weigh equally   " + (
+        "none, as not all six tasks are here" if report["mean_of_tasks"] is None else
+        f"{100 * report['mean_of_tasks']:6.2f} %"))
+    print(f"detector: {report['detector']} {report['note']}")
 
 
 def check_settings():
@@ -167,28 +155,20 @@ def main():
     todo = [(path.relative_to(folder).as_posix(), path, prompt)
             for prompt, paths in geneval.read_layout(folder) for path in paths]
     target = Path(out or folder / "geneval.json")
-    stem = target.with_name(target.name.removesuffix(".json"))
+    stem = str(target).removesuffix(".json")
     header, records = read_given(todo) if detections else run_detector(todo, stem)
     if processes()[0]:
         return
     results = [verdict(filename, prompt, record) for (filename, _, prompt), record in zip(todo, records)]
-    report = {"images_folder": images, "detections": detections or None,
+    report = {"images_folder": images, "detections": detections, "detections_header": header,
               "detector": header.get("detector", f"not said in {detections}"),
-              "note": NOTE if "made_by" in header else "", **{key: header.get(key) for key in (
-                  "detector_sha256", "clip", "clip_sha256")},
+              "note": NOTE if "made_by" in header else "",
               "rules": rules() | {"position_threshold": position_threshold}, **geneval.summary(results)}
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_lines(stem.with_name(f"{stem.name}.results.jsonl"), results)
+    write_lines(f"{stem}.results.jsonl", results)
     write_json(target, report)
     print_scores(report)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        # a ValueError is met by all processes alike, as settings and files are the same for them
-        alike = isinstance(error, ValueError) and processes()[0] > 0
-        raise SystemExit(1 if alike else f"eval_geneval.py: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit("eval_geneval.py: stopped. The same command goes on where it was") from None
+    run_script("eval_geneval.py", main)

@@ -20,11 +20,8 @@ def load_model(kind, name, model_type, architecture):
         if named != model_type:
             raise ValueError(f"it is of the kind {named}, {model_type} is wanted")
         model, report = architecture.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ImportError) as error:
-        raise ValueError(f"{kind} {name}: it is neither a folder here nor could it be fetched from the hub "
-                         f"({type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]})") from None
-    except ValueError as error:
-        raise ValueError(f"{kind} {name}: {error}") from None
+    except (OSError, ImportError, ValueError) as error:
+        raise ValueError(f"{kind} {name} cannot be loaded from a folder here or from the hub: {error}") from None
     # Missing weights would silently be random. Those of a training loss (criterion) are of no use here.
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("criterion."))
     if missing:
@@ -43,8 +40,7 @@ class Clip:
             self.processor = CLIPImageProcessorPil.from_pretrained(name)
             self.tokenizer = CLIPTokenizer.from_pretrained(name)
         except (OSError, ValueError) as error:
-            raise ValueError(f"CLIP model {name}: it lacks its image processor or its tokenizer "
-                             f"({(str(error).strip() or '?').splitlines()[0]})") from None
+            raise ValueError(f"CLIP model {name} lacks its image processor or its tokenizer: {error}") from None
         self.name, self.length = str(name), self.model.config.text_config.max_position_embeddings
         self.width, self.about = self.model.config.projection_dim, {"network_sha256": tensors_hash(self.model)}
 

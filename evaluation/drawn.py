@@ -12,10 +12,10 @@ import os
 from pathlib import Path
 
 import torch
-from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from common.files import write_atomic
+from common.files import write_json
+from common.images import save_picture
 from evaluation.clip import tensors_hash
 from evaluation.processes import processes
 from sampling.pipeline import GROUP, generate
@@ -52,21 +52,20 @@ def open_folder(folder, description):
         raise ValueError(f"{folder} holds pictures and no {DESCRIBED} that says what they are: give another --out")
     if not pictures:
         folder.mkdir(parents=True, exist_ok=True)
-        # all processes may write it at the same time, each through a temporary file of its own
-        temporary = folder / f"{DESCRIBED}.{os.getpid()}.tmp"
-        temporary.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, folder / DESCRIBED)
+        # all processes may write it at the same time, each through a file of its own
+        own = folder / f"{DESCRIBED}.{os.getpid()}"
+        write_json(own, description)
+        os.replace(own, folder / DESCRIBED)
     if differ := differences(read_description(folder), description):
-        raise ValueError(f"{folder} holds pictures that were made otherwise ({differ}): delete it or give another "
-                         "--out")
+        raise ValueError(f"{folder} holds pictures made otherwise ({differ}): delete it, or give another --out")
 
 
 def read_description(folder):
     """Return what generated.json says, {} if there is none."""
     path = Path(folder) / DESCRIBED
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
-    except (ValueError, TypeError) as error:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): delete {folder}, or move that file away") from None
 
 
@@ -80,15 +79,9 @@ def fill(pipeline, folder, jobs, batch_size, **drawing):
     size = max(batch_size, GROUP // batch_size * batch_size) if pipeline.offload else batch_size
     batches = [jobs[i:i + size] for i in range(0, len(jobs), size)]
     todo = [b for b in batches[rank::world] if not all((Path(folder) / name).exists() for name, _, _ in b)]
-    quiet = rank > 0 or not todo
-    with tqdm(total=sum(map(len, todo)), unit=" pictures", desc=f"drawing {folder}", disable=quiet) as bar:
-        for batch in todo:
-            names, prompts, seeds = zip(*batch)
-            images = generate(pipeline, prompts, seed=seeds, batch_size=batch_size, **drawing)
-            for name, prompt, seed, image in zip(names, prompts, seeds, images):
-                path, info = Path(folder) / name, PngInfo()
-                info.add_itxt("prompt", prompt)
-                info.add_itxt("seed", str(seed))
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomic(path, lambda file: image.save(file, "PNG", pnginfo=info))
-            bar.update(len(batch))
+    for batch in tqdm(todo, unit=f" batches of {size}", desc=f"drawing {folder}", disable=rank > 0 or not todo):
+        names, prompts, seeds = zip(*batch)
+        images = generate(pipeline, prompts, seed=seeds, batch_size=batch_size, **drawing)
+        for name, prompt, seed, image in zip(names, prompts, seeds, images):
+            (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
+            save_picture(Path(folder) / name, image, prompt=prompt, seed=str(seed))

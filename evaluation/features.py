@@ -8,6 +8,7 @@ import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 from PIL import Image
 from tqdm import tqdm
@@ -21,51 +22,47 @@ from pictures.decode import Unusable, load, square
 @dataclass
 class Sums:
     """The sums over pictures that the metrics follow from"""
-    statistics: dict = field(default_factory=dict)          # {"fid", "clip_fid"}: frechet.Statistics
-    clip_score: float = 0.0
+    statistics: dict = field(default_factory=dict)          # {metric: frechet.Statistics}; clip_score's are of scores
     count: int = 0
     sha256: object = field(default_factory=hashlib.sha256)  # of the hashes of all files
     bad: list = field(default_factory=list)                 # what is wrong with those that cannot be used
 
-    def add(self, batch):
+    def add(self, rows, digests, bad):
         """Add what extract() found in a batch."""
-        for metric, features in batch["features"].items():
+        for metric, features in rows.items():
             self.statistics.setdefault(metric, Statistics(features.shape[1])).add(features)
-        self.clip_score += batch["clip_score"]
-        self.count += len(batch["digests"])
-        self.sha256.update(b"".join(batch["digests"]))
-        self.bad += batch["bad"]
+        self.count += len(digests)
+        self.sha256.update(b"".join(digests))
+        self.bad += bad
 
 
-def prepare(networks, path, resolution, side):
-    """Return (what each network wants to see of a picture, the file's hash), or the Unusable that says what is wrong.
+def prepare(networks, resolution, side, item):
+    """Return (caption, what each network wants to see, the file's hash) of (path, caption), or what is Unusable in it.
 
     The shorter side becomes `resolution` (bicubic), then the centre is taken. `side` is what the file must have, or 0.
     """
+    path, caption = item
     try:
         data = path.read_bytes()
         image = load(data, 1)
         if side and image.size != (side, side):
             raise Unusable(f"is {image.width} x {image.height}, and the first picture {side} x {side}")
     except (Unusable, OSError) as reason:
-        return Unusable(str(reason))
+        return Unusable(f"{path}: {reason}")
     shown = Image.fromarray(square(image, resolution))
-    return {metric: network.prepare(shown) for metric, network in networks.items()}, hashlib.sha256(data).digest()
+    inputs = {metric: network.prepare(shown) for metric, network in networks.items()}
+    return caption, inputs, hashlib.sha256(data).digest()
 
 
-def extract(networks, batch, prepared):
-    """Return what Sums.add() wants of a batch [(path, caption)], of which `prepared` is what prepare() made."""
-    good = [(caption, *p) for (_, caption), p in zip(batch, prepared) if not isinstance(p, Unusable)]
-    result = {"features": {}, "clip_score": 0.0, "digests": [digest for _, _, digest in good],
-              "bad": [f"{path}: {p}" for (path, _), p in zip(batch, prepared) if isinstance(p, Unusable)]}
+def extract(networks, prepared):
+    """Return ({metric: rows of features or scores}, the files' hashes, what cannot be used) of what prepare() gave."""
+    good, rows = [p for p in prepared if not isinstance(p, Unusable)], {}
     for metric, network in networks.items() if good else ():
-        features = network.image([inputs[metric] for _, inputs, _ in good])
+        features = network.image([inputs[metric] for _, inputs, _ in good]).cpu()
         if metric == "clip_score":
-            texts = network.text([caption for caption, _, _ in good])
-            result["clip_score"] = float(clip_scores(features, texts).cpu().numpy().sum())
-        else:
-            result["features"][metric] = features.cpu().numpy()
-    return result
+            features = clip_scores(features, network.text([caption for caption, _, _ in good]).cpu())[:, None]
+        rows[metric] = features.numpy()
+    return rows, [digest for _, _, digest in good], [str(p) for p in prepared if isinstance(p, Unusable)]
 
 
 def measure(networks, items, resolution, side, batch_size, title):
@@ -76,19 +73,16 @@ def measure(networks, items, resolution, side, batch_size, title):
     rank, world = processes()
     batches = [items[i:i + batch_size] for i in range(0, len(items), batch_size)]
     batches += [[] for _ in range(-len(batches) % world)]
-    mine, sums = batches[rank::world], Sums()
+    mine, sums, look = batches[rank::world], Sums(), partial(prepare, networks, resolution, side)
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // world)) as pool, \
             tqdm(total=len(items), unit=" pictures", desc=title, disable=rank > 0) as bar:
-        def submit(batch):
-            return [pool.submit(prepare, networks, path, resolution, side) for path, _ in batch]
-
-        ahead = [submit(batch) for batch in mine[:2]]
-        for i, batch in enumerate(mine):
-            prepared = [future.result() for future in ahead.pop(0)]
-            ahead += [submit(later) for later in mine[i + 2:i + 3]]
-            for result in gathered(extract(networks, batch, prepared)):
-                sums.add(result)
-                bar.update(len(result["digests"]))
+        ahead = [pool.map(look, batch) for batch in mine[:2]]
+        for i in range(len(mine)):
+            prepared = list(ahead.pop(0))
+            ahead += [pool.map(look, batch) for batch in mine[i + 2:i + 3]]
+            for rows, digests, bad in gathered(extract(networks, prepared)):
+                sums.add(rows, digests, bad)
+                bar.update(len(digests))
     if sums.bad:
         raise ValueError(f"{len(sums.bad):,} of {len(items):,} pictures cannot be used ({title}): "
                          f"{'; '.join(sums.bad[:10])}. Mend or remove them: no picture is left out silently")

@@ -33,8 +33,8 @@ class Statistics:
         f = np.asarray(features, np.float64)
         bad = np.flatnonzero(~np.isfinite(f).all(1))
         if len(bad):
-            raise ValueError(f"features of {len(bad)} of {len(f)} pictures are not finite, the first is number "
-                             f"{bad[0]} of its batch: look at that picture, or was the network run in half precision?")
+            raise ValueError(f"features of {len(bad)} of {len(f)} pictures are not finite, first number {bad[0]}: look "
+                             "at that picture, or was the network run in half precision?")
         self.n += len(f)
         self.sum += f.sum(0)
         self.outer += f.T @ f
@@ -57,8 +57,7 @@ def distance(mu1, sigma1, mu2, sigma2):
     mu1, sigma1, root1 = checked(mu1, sigma1, "the first statistics")
     mu2, sigma2, root2 = checked(mu2, sigma2, "the second statistics")
     if mu1.shape != mu2.shape:
-        raise ValueError(f"statistics of {len(mu1)} and of {len(mu2)} features cannot be compared: they are from "
-                         "different networks (Inception has 2048)")
+        raise ValueError(f"statistics of {len(mu1)} and of {len(mu2)} features are of different networks")
     # With sigma1 = A A^T and sigma2 = B B^T, the root's trace is the sum of A^T B's singular values. Taking them, and
     # not the roots of eigenvalues of a product, keeps 1e-16 of noise from becoming 1e-8, 2048 times.
     singular = np.linalg.svd(root1.T @ root2, compute_uv=False)
@@ -69,23 +68,18 @@ def distance(mu1, sigma1, mu2, sigma2):
 
 
 def checked(mu, sigma, source):
-    """Return mu (dim), sigma (dim,dim) and A (dim,rank) with sigma = A A^T, in float64.
-
-    A ValueError names the `source` of what is no mean and covariance.
-    """
+    """Return mu (dim), sigma (dim,dim) and A (dim,rank) with sigma = A A^T, in float64. `source` is for the errors."""
     mu, sigma = np.asarray(mu, np.float64), np.asarray(sigma, np.float64)
     if mu.ndim != 1 or not mu.size or sigma.shape != mu.shape * 2:
-        raise ValueError(f"{source}: mu {mu.shape} and sigma {sigma.shape} must be (dim) and (dim, dim), as those of "
-                         "Inception are (2048) and (2048, 2048)")
+        raise ValueError(f"{source}: mu {mu.shape} and sigma {sigma.shape} must be (dim) and (dim, dim)")
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise ValueError(f"{source}: mu or sigma has values that are not finite. Make them again")
+        raise ValueError(f"{source}: mu or sigma has values that are not finite")
     if np.abs(sigma - sigma.T).max() > 1e-4 * np.abs(sigma).max():
-        raise ValueError(f"{source}: sigma is no covariance, as it is not symmetric. Make them again")
+        raise ValueError(f"{source}: sigma is no covariance, as it is not symmetric")
     values, vectors = np.linalg.eigh(sigma)
     # float32 files have negative eigenvalues by rounding, about 1e-6 of the largest
     if values[0] < -1e-4 * abs(values[-1]):
-        raise ValueError(f"{source}: sigma is no covariance, as it has a negative eigenvalue, {values[0]:.3g}, where "
-                         f"the largest is {values[-1]:.3g}. Make them again")
+        raise ValueError(f"{source}: sigma is no covariance, as it has a negative eigenvalue, {values[0]:.3g}")
     real = values > max(values[-1], 0) * len(values) * np.finfo(np.float64).eps  # the others are noise around 0
     return mu, sigma, vectors[:, real] * np.sqrt(values[real])
 
@@ -103,7 +97,7 @@ def load(path):
             about = str(file["about"]) if "about" in file.files else ""
     except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error,
             pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is not a whole file of statistics ({error}): an .npz of mu and sigma is needed, as "
-                         "pytorch-fid --save-stats writes it") from None
+        raise ValueError(f"{path} is not a whole file of statistics ({error}): make it again, as an .npz of mu and "
+                         "sigma") from None
     # another project may use that name for something else
     return mu, sigma, json.loads(about) if about.startswith("{") else {}

@@ -9,7 +9,6 @@ A detected object is {"class", "score", "box": [x1, y1, x2, y2]} with x2 and y2 
 "color". The rules are those of evaluation/evaluate_images.py there, the means those of evaluation/summary_scores.py.
 """
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -27,21 +26,10 @@ broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, 
 computer mouse, tv remote, computer keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock,
 vase, scissors, teddy bear, hair drier, toothbrush"""
 CLASSES = tuple(CLASSES.replace("\n", " ").split(", "))  # in COCO's order
-TEXT = lambda v: isinstance(v, str) and v.strip(), "a text"
-LIST = lambda v: isinstance(v, list), "a list of objects"
-POSITIVE = lambda v: type(v) is int and v > 0, "a whole number, 1 or more"
-# What the keys of prompts and detections may hold, and how an error says it
-KEYS = {
-    "tag": (lambda v: v in TASKS, f"one of {', '.join(TASKS)}"),
-    "prompt": TEXT, "include": LIST, "exclude": LIST, "count": POSITIVE,
-    "class": (lambda v: v in CLASSES, "one of COCO's (as GenEval says: computer mouse, tv remote, computer keyboard)"),
-    "color": (lambda v: v in COLORS, f"one of {', '.join(COLORS)}"),
-    "position": (lambda v: isinstance(v, list) and len(v) == 2 and v[0] in RELATIONS and v[1] in range(100),
-                 f"one of {', '.join(RELATIONS)}, and the number of an earlier object"),
-    "filename": TEXT, "width": POSITIVE, "height": POSITIVE, "objects": LIST,
-    "score": (lambda v: isinstance(v, (int, float)) and 0 <= v <= 1, "a number from 0 to 1"),
-    "box": (lambda v: isinstance(v, list) and len(v) == 4 and all(isinstance(x, (int, float)) for x in v)
-            and 0 <= v[0] <= v[2] and 0 <= v[1] <= v[3], "[x1, y1, x2, y2] within the picture")}
+# how errors say what the objects of prompts and of detections must be
+KNOWN = f"class: one of COCO's (GenEval says computer mouse, tv remote, computer keyboard), color: {', '.join(COLORS)}"
+WANTED = f"{KNOWN}, count: 1 or more, position: [one of {', '.join(RELATIONS)}, number of an earlier object]"
+DETECTED = f"{KNOWN}, score: 0 to 1, box: [x1, y1, x2, y2] within the picture"
 
 
 def parse(text, place):
@@ -52,53 +40,59 @@ def parse(text, place):
         raise ValueError(f"{place}: it is no single JSON object ({error})") from None
 
 
-def check(value, place, *required):
-    """Refuse a value that is no JSON object with the required keys, or has a wrong value at one of KEYS."""
-    if not isinstance(value, dict) or set(required) - set(value):
-        raise ValueError(f"{place}: a JSON object with {', '.join(required)} is wanted, not {json.dumps(value)[:200]}")
-    for key, (valid, description) in KEYS.items():
-        if key in value and not valid(value[key]):
-            raise ValueError(f"{place}: \"{key}\" is {value[key]!r}: it must be {description}")
+def check(value, right, place, description):
+    """Refuse a value for which right() is not true, or fails as the value is something else altogether."""
+    try:
+        good = right()
+    except (AttributeError, KeyError, TypeError, ValueError):
+        good = False
+    if not good:
+        raise ValueError(f"{place}: {json.dumps(value)[:300]} is wrong. Give it {description}")
 
 
 def check_prompt(prompt, place):
     """Refuse what is not the description of a GenEval prompt."""
-    check(prompt, place, "tag", "prompt", "include")
-    if not prompt["include"]:
-        raise ValueError(f"{place}: \"include\" is empty: nothing could be looked for")
+    check(prompt, lambda: prompt["tag"] in TASKS and isinstance(prompt["prompt"], str) and prompt["include"], place,
+          f"tag: one of {', '.join(TASKS)}, prompt: a text, include: a list of objects")
     for key in ("include", "exclude"):
-        for i, wanted in enumerate(prompt.get(key, [])):
-            check(wanted, f"{place}, {key} {i}", "class", "count")
-            if wanted.get("position", ("", -1))[1] >= i:
-                raise ValueError(f"{place}, {key} {i}: its position refers to object {wanted['position'][1]}, which "
-                                 "must come before it")
+        for i, want in enumerate(prompt.get(key, [])):
+            check(want, lambda: known(want) and type(want["count"]) is int and want["count"] > 0 and (
+                "position" not in want or want["position"][0] in RELATIONS and want["position"][1] in range(i)),
+                f"{place}, {key} {i}", WANTED)
 
 
 def check_detections(record, place):
     """Refuse what is not the detections of a picture."""
-    check(record, place, "filename", "width", "height", "objects")
+    check(record, lambda: record["filename"] and min(record["width"], record["height"]) > 0 and
+          isinstance(record["objects"], list), place,
+          "filename: 00000/samples/0000.png, width and height: 1 or more, objects: a list")
     for i, thing in enumerate(record["objects"]):
-        check(thing, f"{place}, object {i}", "class", "score", "box")
-        if thing["box"][2] > record["width"] or thing["box"][3] > record["height"]:
-            raise ValueError(f"{place}, object {i}: \"box\" is {thing['box']!r}: it must lie within the picture")
+        def right():
+            x1, y1, x2, y2 = thing["box"]
+            return known(thing) and 0 <= thing["score"] <= 1 and 0 <= x1 <= x2 <= record["width"] and (
+                0 <= y1 <= y2 <= record["height"])
+        check(thing, right, f"{place}, object {i}", DETECTED)
+
+
+def known(thing):
+    """Return whether the class of an object, and its color if it has one, are GenEval's."""
+    return thing["class"] in CLASSES and thing.get("color", COLORS[0]) in COLORS
 
 
 def numbered_lines(path):
     """Return [(JSON, place)] of the lines of a .jsonl file that are not empty."""
-    if not Path(path).is_file():
-        raise ValueError(f"no file {path}")
     lines = [(line, f"{path}, line {n}") for n, line in enumerate(Path(path).read_text("utf-8").split("\n"), 1)]
     return [(parse(line, place), place) for line, place in lines if line.strip()]
 
 
 def read_prompts(path):
     """Return the prompts of a file in the format of evaluation_metadata.jsonl, as dicts."""
-    prompts = numbered_lines(path)
-    if not prompts:
+    lines = numbered_lines(path)
+    if not lines:
         raise ValueError(f"{path} is empty: one prompt a line is wanted")
-    for prompt, place in prompts:
+    for prompt, place in lines:
         check_prompt(prompt, place)
-    return [prompt for prompt, _ in prompts]
+    return [prompt for prompt, _ in lines]
 
 
 def read_detections(path):
@@ -129,24 +123,18 @@ def write_layout(out, prompts):
         write_lines(folder / "metadata.jsonl", [prompt])
 
 
-def numbered(paths, ending=""):
-    """Return those of the paths whose names are digits and the ending, in the order of their numbers."""
-    return sorted((p for p in paths if re.fullmatch(f"[0-9]+{ending}", p.name)), key=lambda p: (int(p.stem), p.name))
-
-
 def read_layout(folder):
     """Return [(prompt, [paths of its images])] as the official evaluator finds them: DIGITS/samples/DIGITS.png.
 
     Refuse a prompt without description or images, and prompts with unequal numbers of images.
     """
     layout = []
-    for prompt_folder in numbered(Path(folder).glob("*/")):
+    for prompt_folder in sorted(path for path in Path(folder).glob("*/") if path.name.isdigit()):
         file = prompt_folder / "metadata.jsonl"
-        if not file.is_file():
-            raise ValueError(f"{file} is missing: it holds the prompt's line of evaluation_metadata.jsonl")
         prompt = parse(file.read_text(encoding="utf-8"), file)
         check_prompt(prompt, file)
-        layout.append((prompt, numbered((prompt_folder / "samples").glob("*.png"), r"\.png")))
+        images = [path for path in sorted((prompt_folder / "samples").glob("*.png")) if path.stem.isdigit()]
+        layout.append((prompt, images))
     counts = [len(images) for _, images in layout]
     if not layout or min(counts) < max(counts) or not max(counts):
         uneven = [f"prompt {i} has {n}" for i, n in enumerate(counts) if n < max(counts) or not n]
@@ -220,8 +208,7 @@ def judge(groups, prompt, position_threshold=0.1):
             reasons.append(reason)
         targets.append(None if reason else objects)
     for want in prompt.get("exclude", []):
-        n = len(groups.get(want["class"], []))
-        if n >= want["count"]:
+        if (n := len(groups.get(want["class"], []))) >= want["count"]:
             reasons.append(f"expected {want['class']}<{want['count']}, found {n}")
     return not reasons, "\n".join(reasons)
 
@@ -261,12 +248,7 @@ def summary(results):
     """
     right = {tag: [bool(r["correct"]) for r in results if r["tag"] == tag] for tag in TASKS}
     tasks = {tag: {"images": len(c), "correct": sum(c), "score": sum(c) / len(c)} for tag, c in right.items() if c}
-    absent = [tag for tag in TASKS if tag not in tasks]
-    prompts = {}
-    for r in results:
-        prompts.setdefault(r["metadata"], []).append(bool(r["correct"]))
-    return {"prompts": len(prompts), "images": len(results), "tasks": tasks, "absent_tasks": absent,
-            "mean_of_tasks": None if absent else sum(task["score"] for task in tasks.values()) / len(TASKS),
-            "mean_of_images": sum(task["correct"] for task in tasks.values()) / len(results),
-            "prompts_any_correct": sum(map(any, prompts.values())) / len(prompts),
-            "prompts_all_correct": sum(map(all, prompts.values())) / len(prompts)}
+    scores = [task["score"] for task in tasks.values()]
+    return {"prompts": len({r["metadata"] for r in results}), "images": len(results), "tasks": tasks,
+            "mean_of_tasks": sum(scores) / len(TASKS) if len(scores) == len(TASKS) else None,
+            "mean_of_images": sum(bool(r["correct"]) for r in results) / len(results)}

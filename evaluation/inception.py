@@ -137,25 +137,17 @@ class Inception(Steps):
 # Resizing: an RGB picture (PIL or uint8 (H,W,3)) of any size -> float32 (3,299,299). All squash: crop to a square.
 
 
-def pixels(picture):
-    """Return the picture as uint8 (H,W,3)."""
-    array = np.array(picture)  # a copy, as torch wants it writable
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
-        raise ValueError(f"a picture must be RGB, uint8 (H,W,3), not {array.dtype} {array.shape}")
-    return array
-
-
 def clean(picture):
     """Resize as clean-fid's "clean" (Parmar et al. 2022): PIL's antialiased bicubic, unrounded; [-1, 0.9922]."""
     planes = [Image.fromarray(p).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-              for p in np.moveaxis(pixels(picture), 2, 0).astype(np.float32)]
+              for p in np.moveaxis(np.asarray(picture, np.float32), 2, 0)]
     return (torch.from_numpy(np.stack(planes).clip(0, 255)) - 128) / 128
 
 
 def tensorflow(picture):
     """Resize as the first FID code (Heusel et al. 2017), so as ADM, EDM, torch-fidelity and clean-fid's
     "legacy_tensorflow": TensorFlow 1's bilinear, no antialiasing, pixels' corners on a grid; [-1, 0.9922]."""
-    planes = torch.from_numpy(pixels(picture)).permute(2, 0, 1).float()
+    planes = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float()
     return (stretch(stretch(planes, 2), 1) - 128) / 128
 
 
@@ -170,7 +162,7 @@ def stretch(x, axis):
 
 def pytorch(picture):
     """Resize as pytorch-fid: PyTorch's bilinear, no antialiasing, half a pixel's offset; [-1, 1]."""
-    planes = torch.from_numpy(pixels(picture)).permute(2, 0, 1).contiguous().float() / 255
+    planes = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous().float() / 255
     return 2 * F.interpolate(planes[None], (SIDE, SIDE), mode="bilinear", align_corners=False, antialias=False)[0] - 1
 
 
@@ -188,14 +180,14 @@ def load(path="", device="cpu", resize="clean"):
     with open(file, "rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     if not path and digest != SHA256:
-        raise ValueError(f"{file} is not the published file: its sha256 is {digest}, not {SHA256}. Delete it, and it "
-                         "is downloaded again, or name yours with --inception FILE")
+        raise ValueError(f"{file} is not the published file, whose sha256 is {SHA256}. Delete it, and it is downloaded "
+                         "again, or name yours with --inception FILE")
     net = Inception()
     try:
         net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"{file} does not hold FID's Inception ({' '.join(str(error).split())[:300]}): it is damaged "
-                         f"or another network, as torchvision's and timm's are. The file is {URL}") from None
+        raise ValueError(f"{file} does not hold FID's Inception ({' '.join(str(error).split())[:300]}): the file is "
+                         f"{URL}") from None
     net.prepare, net.width, net.name = RESIZES[resize], WIDTH, str(file)
     net.about = {"network_sha256": digest, "published": digest == SHA256, "resize": resize}
     return net.to(device).eval().requires_grad_(False)

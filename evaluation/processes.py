@@ -28,3 +28,15 @@ def gathered(value):
     if dist.is_initialized():
         dist.all_gather_object(values, value)
     return values
+
+
+def run_script(name, main):
+    """Call the main() of a script, and end the script with one line if that fails or is stopped."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        # a ValueError is met by all processes alike, as settings and files are the same for them
+        alike = isinstance(error, ValueError) and processes()[0] > 0
+        raise SystemExit(1 if alike else f"{name}: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(f"{name}: stopped. The same command goes on where it was") from None

@@ -1,7 +1,6 @@
 """
 The prompts of an evaluation: captions files, the drawn set, and the captions of pictures that are there already.
 """
-import json
 import random
 import re
 from dataclasses import dataclass
@@ -42,13 +41,11 @@ def read(source, count=0):
         raise ValueError(f"no captions file {source}: give a .txt with a prompt a line, or a list "
                          f"({', '.join(captions.TABLES)})")
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
         if kind == ".txt":
-            prompts = [Prompt(line) for line in lines]
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+            prompts = [Prompt(line.strip()) for line in lines if line.strip()]
         else:
-            if kind == ".jsonl" and not all(isinstance(json.loads(line), dict) for line in lines):
-                raise ValueError("a line is no JSON object")  # in training it would be left out
-            first = {}  # the first caption of each picture
+            first = {}
             for number, (names, caption) in enumerate(captions.records(path.name, path.read_bytes())):
                 if caption:
                     first.setdefault(names[0] if names else number, Prompt(caption, names[0] if names else ""))
@@ -97,8 +94,7 @@ def captions_for(folder, paths, source, prompts):
     look_up = captions.read_captions(source) if source else lambda name: None
     texts = [look_up(path.relative_to(folder).as_posix()) or captions.text_of(path.parent, path.name)
              or prompt_inside(path) for path in paths]
-    without = [str(path) for path, text in zip(paths, texts) if not text]
-    if without:
+    if without := [str(path) for path, text in zip(paths, texts) if not text]:
         raise ValueError(f"{len(without):,} of {len(paths):,} pictures have no caption, which the CLIP score needs: "
                          f"{', '.join(without[:10])}. Name a file with --captions, or choose --metrics fid clip_fid")
     return texts

@@ -9,7 +9,6 @@ that clean-fid and torch-fidelity resize.
 with torch 2.13.0 and pillow 13.0.0. None of them is a test requirement: all need torchvision, of which only the Python
 file of InceptionV3 is run here.
 """
-
 import importlib
 import sys
 import tempfile
@@ -19,19 +18,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from evaluation.inception import Inception
+
 SEED = 7
 SIZES = [(299, 299), (64, 48), (331, 360)]  # height, width: as it is, smaller, larger
 KEPT = 1000  # values of each resized picture that are compared
 
 
-def random_state(shapes, seed=SEED):
-    """Random weights by name, from {name: shape}: features of about 1 that differ between pictures.
+def random_state():
+    """Random weights by name: features of about 1 that differ between pictures.
 
     From numpy's legacy generator, whose stream never changes, in the names' order.
     """
-    rng, state = np.random.RandomState(seed), {}
-    for name in sorted(shapes):
-        shape = tuple(shapes[name])
+    with torch.device("meta"):
+        shapes = {name: tuple(t.shape) for name, t in Inception().state_dict().items()}
+    rng, state = np.random.RandomState(SEED), {}
+    for name, shape in sorted(shapes.items()):
         if name.endswith("num_batches_tracked"):
             state[name] = torch.from_numpy(np.array(rng.randint(1, 1000), np.int64))
             continue
@@ -64,73 +67,63 @@ def kept():
 
 def package(name, **content):
     """A stand-in for a package, which is not run"""
-    module = types.ModuleType(name)
+    module = sys.modules[name] = types.ModuleType(name)
     vars(module).update(content)
-    sys.modules[name] = module
     parent, _, last = name.rpartition(".")
     if parent:
         setattr(sys.modules[parent], last, module)
-    return module
 
 
 def load_torchvision(folder):
-    """torchvision.models.inception without torchvision's compiled parts; its networks take random weights"""
-    root = Path(folder) / "torchvision"
-    package("torchvision", __path__=[str(root)], __version__="0.29.2")
+    """torchvision.models.inception without torchvision's compiled parts"""
+    package("torchvision", __path__=[f"{folder}/torchvision"], __version__="0.29.2")
     package("torchvision.utils", _log_api_usage_once=lambda _: None)
     package("torchvision.transforms", __path__=[])
     package("torchvision.transforms._presets", ImageClassification=object)
-    models = package("torchvision.models", __path__=[str(root / "models")])
+    package("torchvision.models", __path__=[f"{folder}/torchvision/models"])
     inception = importlib.import_module("torchvision.models.inception")
-    models.inception_v3 = inception.inception_v3
+    sys.modules["torchvision.models"].inception_v3 = inception.inception_v3
 
-    def fill(self, _):
-        shapes = {n: t.shape for n, t in self.state_dict().items()}
-        return torch.nn.Module.load_state_dict(self, random_state(shapes))
 
-    inception.Inception3.load_state_dict = fill
+def inputs():
+    return [torch.from_numpy(p).permute(2, 0, 1).contiguous()[None] for p in pictures()]
 
 
 @torch.no_grad()
 def pytorch_fid(folder):
-    """(features (n,2048), state dict): pytorch-fid's resizing and network"""
+    """Features (n,2048): pytorch-fid's resizing and network"""
     sys.path.insert(0, folder)
     module = importlib.import_module("pytorch_fid.inception")
-    module.load_state_dict_from_url = lambda *_, **__: {}
-    build, built = module.fid_inception_v3, []
-    module.fid_inception_v3 = lambda: built.append(build()) or built[0]
+    module.load_state_dict_from_url = lambda *_, **__: random_state()
     net = module.InceptionV3().eval()
-    inputs = [torch.from_numpy(p).permute(2, 0, 1).contiguous()[None].float() / 255 for p in pictures()]
-    return torch.cat([net(x)[0][:, :, 0, 0] for x in inputs]).numpy(), built[0].state_dict()
+    return torch.cat([net(x.float() / 255)[0][:, :, 0, 0] for x in inputs()]).numpy()
 
 
 @torch.no_grad()
-def torch_fidelity(folder, state):
+def torch_fidelity(folder):
     """(features (n,2048), pixels (n,KEPT) in [0,255]): torch-fidelity's resizing and network"""
-    package("torch_fidelity", __path__=[str(Path(folder) / "torch_fidelity")])
+    package("torch_fidelity", __path__=[f"{folder}/torch_fidelity"])
     module = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
     with tempfile.TemporaryDirectory() as scratch:
-        torch.save(state, f"{scratch}/random.pth")
+        torch.save(random_state(), f"{scratch}/random.pth")
         net = module.FeatureExtractorInceptionV3("random", ["2048"], f"{scratch}/random.pth")
-    inputs = [torch.from_numpy(p).permute(2, 0, 1).contiguous()[None] for p in pictures()]
     resize = module.interpolate_bilinear_2d_like_tensorflow1x
-    pixels = [resize(x.float(), size=(299, 299), align_corners=False).flatten()[kept()] for x in inputs]
-    return torch.cat([net(x)[0] for x in inputs]).numpy(), torch.stack(pixels).numpy()
+    pixels = [resize(x.float(), size=(299, 299), align_corners=False).flatten()[kept()] for x in inputs()]
+    return torch.cat([net(x)[0] for x in inputs()]).numpy(), torch.stack(pixels).numpy()
 
 
 def clean_fid(folder):
-    """pixels (n,KEPT) in [0,255] as clean-fid resizes them"""
-    package("cleanfid", __path__=[str(Path(folder) / "cleanfid")])
-    module = importlib.import_module("cleanfid.resize")
-    resize = module.build_resizer("clean")
+    """Pixels (n,KEPT) in [0,255] as clean-fid resizes them"""
+    package("cleanfid", __path__=[f"{folder}/cleanfid"])
+    resize = importlib.import_module("cleanfid.resize").build_resizer("clean")
     return np.stack([np.moveaxis(resize(p), 2, 0).ravel()[kept()] for p in pictures()])
 
 
 def main(pf, tv, cf, tf, out):
     load_torchvision(tv)
-    features, state = pytorch_fid(pf)
-    fidelity, tensorflow = torch_fidelity(tf, state)
-    np.savez_compressed(out, pytorch_fid=features, torch_fidelity=fidelity, tensorflow=tensorflow, clean=clean_fid(cf))
+    fidelity, tensorflow = torch_fidelity(tf)
+    np.savez_compressed(out, pytorch_fid=pytorch_fid(pf), torch_fidelity=fidelity, tensorflow=tensorflow,
+                        clean=clean_fid(cf))
 
 
 if __name__ == "__main__":

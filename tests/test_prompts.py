@@ -1,5 +1,4 @@
 """evaluation/prompts.py: captions files, which captions are drawn, and captions of pictures that are there already."""
-
 import json
 
 import pytest
@@ -12,10 +11,6 @@ from evaluation import prompts
 def written(path, content):
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return str(path)
-
-
-def lines(*objects):
-    return "".join(json.dumps(o) + "\n" for o in objects)
 
 
 def read(path):
@@ -32,24 +27,18 @@ def test_the_first_caption_of_each_picture_counts(tmp_path):
     annotations = [{"image_id": i, "caption": c} for i, c in ((2, "b1"), (1, "a1"), (1, "a2"))]
     coco = written(tmp_path / "coco.json", json.dumps({"images": images, "annotations": annotations}))
     assert read(coco) == [("a.jpg", "a1"), ("b.jpg", "b1")]
-    records = [{"image": "a.jpg", "caption": caption} for caption in ("", "a2", "a3")]
-    assert read(written(tmp_path / "list.jsonl", lines(*records))) == [("a.jpg", "a2")]
-    unnamed = written(tmp_path / "texts.jsonl", lines({"caption": "x"}, {"caption": "x"}))
-    assert read(unnamed) == [("", "x"), ("", "x")]
+    assert read(written(tmp_path / "list.csv", "image,caption\na.jpg,\na.jpg,a2\na.jpg,a3\n")) == [("a.jpg", "a2")]
+    assert read(written(tmp_path / "texts.jsonl", '{"caption": "x"}\n' * 2)) == [("", "x"), ("", "x")]
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("a.txt", "caf\u00e9".encode("latin-1"), "UnicodeDecodeError"),
-    ("a.txt", "\n \n", "holds no captions"),
-    ("a.jsonl", '{"image": "a.jpg", "caption": "x"}\n{"image": "b.', "cannot be read"),
-    ("a.jsonl", "[1]\n", "no JSON object"),
+    ("a.txt", "caf\u00e9".encode("latin-1"), "UnicodeDecodeError"), ("a.txt", "\n \n", "holds no captions"),
+    ("a.jsonl", "[1]\n", "holds no captions"), ("a.json", "[]", "holds no captions"),
     ("a.json", '{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": ["x"]}', "cannot be read"),
-    ("a.json", "[]", "holds no captions"),
-    ("a.parquet", "x", "no captions file")])  # fmt: skip
+    ("a.parquet", "x", "no captions file")])
 def test_files_that_will_not_do(tmp_path, name, content, message):
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(ValueError, match=f"{name}.*{message}|{message}.*{name}"):
         prompts.read(written(tmp_path / name, content))
-    assert name in str(error.value)
 
 
 def test_choice_depends_on_the_seed_and_keeps_the_order():
