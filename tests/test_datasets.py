@@ -7,17 +7,13 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from test_sources import encoded, noise, run_here, tar_bytes, write, zip_bytes
+from test_sources import encoded, noise, prepare, tar_bytes, write, zip_bytes
 
 from training.dataset import Dataset
 
 
 def picture(seed, kind="JPEG", **options):
     return encoded(noise(seed, **options), kind)
-
-
-def lines(records):
-    return "".join(json.dumps(record) + "\n" for record in records).encode()
 
 
 def sa1b(root):
@@ -35,12 +31,12 @@ def cc12m(root):
     files = []
     for key, caption in (("000", "<PERSON> in Paris - Stock Photo"), ("001", "A red <b>boat</b> &amp; a dog!!!!")):
         meta = {"url": "http://x/y.jpg", "caption": caption, "key": key, "status": "success", "error_message": None,
-                "width": 40, "height": 36, "original_width": 800, "original_height": 720, "exif": "{}"}  # fmt: skip
+                "width": 40, "height": 36, "original_width": 800, "original_height": 720, "exif": "{}"}
         files += [(f"{key}.jpg", picture(1)), (f"{key}.txt", caption.encode())]
         files += [(f"{key}.json", json.dumps(meta).encode())]
     small = [("002.jpg", picture(2, size=(40, 30))), ("002.txt", b"too small")]
     write(root, {"cc12m/00000.tar": tar_bytes(files), "cc12m/00001.tar": tar_bytes(small),
-                 "cc12m/00000.parquet": b"PAR1", "cc12m/00000_stats.json": b"{}"})  # fmt: skip
+                 "cc12m/00000.parquet": b"PAR1", "cc12m/00000_stats.json": b"{}"})
     return {"person in Paris", "A red boat & a dog!"}, {"too small": 1}
 
 
@@ -50,7 +46,7 @@ def textcaps(root):
     data = [{"caption_id": 5 * i + k, "caption_str": f"A sign says {i}{k}.", "image_id": f"00{i}a6ef3c0bf4ed",
              "image_path": f"train/00{i}a6ef3c0bf4ed.jpg", "image_name": f"00{i}a6ef3c0bf4ed", "image_width": 40,
              "set_name": "train", "flickr_original_url": "https://x", "reference_strs": ["."]}
-            for i in range(2) for k in range(5)]  # fmt: skip
+            for i in range(2) for k in range(5)]
     text = json.dumps({"dataset_name": "textcaps", "dataset_version": "0.1", "data": data})
     write(root, {"textcaps/train_val_images.zip": zip_bytes(files), "textcaps/TextCaps_0.1_train.json": text.encode()})
     return {"A sign says 00.", "A sign says 10."}, {"no caption": 1}
@@ -61,18 +57,17 @@ def journeydb(root):
     for k in range(2):
         names = [f"{k:03d}/{k}{i}b1c-bf7d.jpg" for i in range(2)]
         records += [{"img_path": f"./{name}", "prompt": f"castle {name[4:6]}, octane render --v 4", "Style": ["x"],
-                     "Task2": {"Caption": "A castle."}, "Task1": {"TaskPrompt": "y"}} for name in names]  # fmt: skip
+                     "Task2": {"Caption": "A castle."}, "Task1": {"TaskPrompt": "y"}} for name in names]
         tar = tar_bytes([(f"{k:03d}/", b""), *((name, picture(k)) for name in names)], "w:gz")
         write(root, {f"journeydb/data/train/imgs/{k:03d}.tgz": tar})
-    name = "train_anno_realease_repath.jsonl"
-    write(root, {f"journeydb/data/train/{name}.tgz": tar_bytes([(name, lines(records))], "w:gz")})
+    name, lines = "train_anno_realease_repath.jsonl", "".join(json.dumps(record) + "\n" for record in records)
+    write(root, {f"journeydb/data/train/{name}.tgz": tar_bytes([(name, lines.encode())], "w:gz")})
     return {f"castle {k}{i}, octane render --v 4" for k in range(2) for i in range(2)}, {}
 
 
 def diffusiondb(root):
     pa = pytest.importorskip("pyarrow")
     from pyarrow import parquet
-
     rows = []
     for folder, part in (("diffusiondb-large-part-1", 1), ("diffusiondb-large-part-2", 10001)):
         names = [f"{part}{i}-6e-4a.webp" for i in range(4)]
@@ -81,7 +76,7 @@ def diffusiondb(root):
         write(root, {f"diffusiondb/{folder}/part-{part:06d}.zip": zip_bytes(files)})
         scores = [(0.1, 0.2), (0.2, 0.1), (2.0, 0.0), (0.0, 0.3)]
         rows += [{"image_name": n, "prompt": "a fox", "part_id": part, "image_nsfw": a, "prompt_nsfw": b}
-                 for n, (a, b) in zip(names, scores)]  # fmt: skip
+                 for n, (a, b) in zip(names, scores)]
     parquet.write_table(pa.Table.from_pylist(rows), root / "diffusiondb/metadata-large.parquet")
     kept = [r["image_name"] for r in rows if max(r["image_nsfw"], r["prompt_nsfw"]) <= 0.2]
     return {f"a fox by {n}," for n in kept}, {"NSFW score above 0.2, or none": 4}
@@ -89,9 +84,9 @@ def diffusiondb(root):
 
 def coco(root):
     images = [{"id": i, "file_name": f"COCO_val2014_{i:012d}.jpg", "license": 3, "height": 36, "width": 40,
-               "coco_url": "http://x"} for i in (42, 73, 74)]  # fmt: skip
+               "coco_url": "http://x"} for i in (42, 73, 74)]
     annotations = [{"image_id": i, "id": 10 * k + i, "caption": f"Caption {k} of {i}."}
-                   for k in range(5) for i in (73, 42, 74)]  # fmt: skip
+                   for k in range(5) for i in (73, 42, 74)]
     table = {"info": {}, "images": images, "licenses": [], "annotations": annotations, "type": "captions"}
     write(root, {f"coco/val2014/{image['file_name']}": picture(image["id"]) for image in images[:2]})
     write(root, {"coco/annotations/captions_val2014.json": json.dumps(table).encode()})
@@ -107,7 +102,7 @@ def documented(section):
 
 
 SETS = {"SA-1B": sa1b, "CC12M": cc12m, "TextCaps": textcaps, "JourneyDB": journeydb, "DiffusionDB": diffusiondb,
-        "COCO val2014": coco}  # fmt: skip
+        "COCO val2014": coco}
 
 
 @pytest.mark.parametrize("section", SETS)
@@ -118,7 +113,7 @@ def test_documented_command(section, monkeypatch, tmp_path):
     assert words[words.index("--resolutions") + 1 : words.index("--resolutions") + 3] == ["256", "512"]
     # as documented, but for the number of processes, the models and the size of the pictures
     monkeypatch.chdir(tmp_path)
-    run_here(monkeypatch, *words[3:], "--resolutions=32", "--vae=pixels", "--text_encoder=words", "--device=cpu")
+    prepare(*words[3:], "--resolutions=32", "--vae=pixels", "--text_encoder=words", "--device=cpu")
     folder = tmp_path / words[words.index("--out") + 1]
     data = Dataset(folder, 16)
     rows = [json.loads(line) for path in sorted(folder.glob("*.rows.jsonl")) for line in open(path, encoding="utf-8")]

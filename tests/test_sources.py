@@ -16,7 +16,7 @@ from PIL import Image, PngImagePlugin
 
 from pictures.captions import caption_chooser
 from pictures.decode import Unusable, squares
-from pictures.shards import all_written, pictures_of_process
+from pictures.shards import all_written, name_of, pictures_of_process
 from pictures.sources import Part, estimated_count, find_parts, share_out
 
 
@@ -38,10 +38,8 @@ def tar_bytes(files, mode="w", **options):
             info = tarfile.TarInfo(name)
             if content is None:
                 info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
-                tar.addfile(info)
-            else:
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
+            info.size = len(content or b"")
+            tar.addfile(info, io.BytesIO(content))
     return out.getvalue()
 
 
@@ -65,10 +63,11 @@ def write(folder, files):
         (folder / name).write_bytes(data)
 
 
-def run_here(monkeypatch, *args):
-    """Run prepare_latents.py in this process, as a process of its own takes seconds to start"""
-    monkeypatch.setattr(sys, "argv", ["prepare_latents.py", "--workers=0", *map(str, args)])
-    runpy.run_path(str(ROOT / "prepare_latents.py"), run_name="__main__")
+def prepare(*args):
+    """Run prepare_latents.py in this process, as one of its own takes seconds to start"""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["prepare_latents.py", "--workers=0", *map(str, args)])
+        runpy.run_path(str(ROOT / "prepare_latents.py"), run_name="__main__")
 
 
 def read(source, root="", **choices):
@@ -134,7 +133,7 @@ def test_a_folder_of_strange_files(tmp_path):
     for name in files:
         (tmp_path / name).with_suffix(".txt").write_bytes(b"caption of " + os.fsencode(name))
     captions = {"blank.png": b" \n\t ", "void.png": b"", "huge.png": b"word " * 20_000, "bom.png": b"\xef\xbb\xbfmark",
-                "latin1.png": "K\u00e4se".encode("latin-1"), "nul.png": b"a\0b\x1b[31m"}  # fmt: skip
+                "latin1.png": "K\u00e4se".encode("latin-1"), "nul.png": b"a\0b\x1b[31m"}
     write(tmp_path, {name: PNG for name in (*captions, "silent.png")})
     write(tmp_path, {name.replace(".png", ".txt"): text for name, text in captions.items()})
     (tmp_path / "folder.png").mkdir()
@@ -153,24 +152,22 @@ def test_a_folder_of_strange_files(tmp_path):
 
 
 def test_pixels_of_every_mode():
-    low = np.random.default_rng(7).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    smooth = Image.fromarray(low).resize((40, 32), Image.Resampling.BICUBIC)
-    grey16 = Image.fromarray((np.arange(40 * 40, dtype=np.uint32).reshape(40, 40) * 40).astype(np.uint16))
-    turned = Image.Exif()
-    turned[0x0112] = 6  # the camera was held upright
-
     def square(image, kind="PNG", **options):
         width, height, (array,) = squares(encoded(image, kind, **options), (32,), 32)
         return width, height, array.astype(float)
 
     assert (square(Image.new("RGBA", (40, 40), (255, 0, 0, 0)))[2] == 255).all()  # transparency becomes white
-    grey = square(grey16)[2]
-    assert abs(grey.mean() - np.asarray(grey16, float).mean() / 257) < 2 and grey.std() > 40
+    grey16 = np.arange(40 * 40, dtype=np.uint16).reshape(40, 40) * 40
+    grey = square(Image.fromarray(grey16))[2]
+    assert abs(grey.mean() - grey16.mean() / 257) < 2 and grey.std() > 40
     tall = noise(7, (32, 90))
     assert (square(tall, "BMP")[2] == np.asarray(tall.crop((0, 29, 32, 61)))).all()
+    smooth = noise(7, (4, 4)).resize((40, 32), Image.Resampling.BICUBIC)
     expected = np.asarray(smooth.crop((4, 0, 36, 32)), float)
     for mode, kind, options in (("CMYK", "JPEG", {"quality": 95}), ("RGBA", "PNG", {}), ("RGB", "WEBP", {})):
         assert abs(square(smooth.convert(mode), kind, **options)[2] - expected).mean() < 8
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the camera was held upright
     assert square(noise(8, (64, 32)), "JPEG", exif=turned)[:2] == (32, 64)
 
 
@@ -237,7 +234,7 @@ ARCHIVED = {
     "prompts.zip": (zip_bytes([("b.png", PNG), ("c.png", PNG), ("part.json", b'{"b.png": {"p": "b"}}')]),
                     {"b.png": "b"}, {"c.png": "no caption"}),
     "no pictures.zip": (zip_bytes([("readme.txt", b"x"), ("inner.zip", zip_bytes(TWO))]), {}, {}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ARCHIVED)
@@ -314,10 +311,8 @@ def test_processes_share_the_same_shards(counts, limits):
         shares = [written(rank, world) for rank in range(world)]
         assert sum(map(len, shares)) == len(whole) and {k: v for share in shares for k, v in share.items()} == whole
         assert len(counts) > 1 or max(map(len, shares)) - min(map(len, shares)) <= 1
-    records = {f"{p:05d}" + (f"-{k:04d}" if k else ""): {"part": p, "shard": k, "last": last} for p, k, last in whole}
+    records = {name_of(p, k): {"part": p, "shard": k, "last": last} for p, k, last in whole}
     assert all_written(records, used)
     for missing in whole:
-        rest = [shard for shard in whole if shard != missing]
-        assert written(0, 1, rest) == {missing: whole[missing]}
-        name = f"{missing[0]:05d}" + (f"-{missing[1]:04d}" if missing[1] else "")
-        assert not all_written({n: r for n, r in records.items() if n != name}, used)
+        assert written(0, 1, [shard for shard in whole if shard != missing]) == {missing: whole[missing]}
+        assert not all_written({n: r for n, r in records.items() if n != name_of(*missing[:2])}, used)
