@@ -65,23 +65,23 @@ def test_round_trip_of_the_drawn_set(drawn):
     assert set(data.info["words"]) == {w for c in captions for w in encoders.words_of(c)}
 
 
-def interrupted(folder):
-    """The folder as if killed while it wrote the third shard (tests/test_kills.py really kills it)"""
+def interrupted(prepared, folder, finished):
+    """A copy of the folder as if killed after so many shards (tests/test_kills.py really kills it)"""
+    shutil.copytree(prepared, folder)
     info = json.loads((folder / "dataset.json").read_text())
     (folder / "dataset.json").write_text(json.dumps(info | {"complete": False, "shards": [], "rows": 0}))
-    for i in range(2):
-        texts = [shapes.scene(j)[1] for j in range(20 * i, 20 * i + 20)]
-        record = {"part": i, "shard": 0, "last": True, "rows": 20, "samples": 20, "skipped": {}, "captions_cut": 0}
-        record["words"] = sorted({w for text in texts for w in encoders.words_of(text)})
-        (folder / f"0000{i}.done.json").write_text(json.dumps(record))
+    for i in range(finished):
+        texts = [row["caption"] for row in lines_of(folder / f"0000{i}.rows.jsonl")]
+        words = sorted({w for text in texts for w in encoders.words_of(text)})
+        record = {"part": i, "shard": 0, "last": True, "rows": len(texts), "samples": len(texts), "skipped": {}}
+        (folder / f"0000{i}.done.json").write_text(json.dumps(record | {"captions_cut": 0, "words": words}))
         (folder / f"0000{i}.skipped.jsonl").touch()
-    (folder / "00002.captions.npy").write_bytes(b"cut")
 
 
 def test_started_again_it_goes_on_and_gives_the_same_bytes(drawn, tmp_path, capsys):
     whole, out = contents(drawn), tmp_path / "part"
-    shutil.copytree(drawn, out)
-    interrupted(out)
+    interrupted(drawn, out, 2)
+    (out / "00002.captions.npy").write_bytes(b"cut")
     with pytest.raises(ValueError, match="only partly prepared"):
         Dataset(out, 8)
     before = (out / "00001.captions.npy").stat().st_mtime_ns
@@ -98,15 +98,9 @@ def test_started_again_it_goes_on_and_gives_the_same_bytes(drawn, tmp_path, caps
 
 
 def test_two_processes_with_all_shards_written_and_only_the_end_missing(drawn, tmp_path):
-    out = tmp_path / "part"  # the second process must not begin again what the first tidies up
-    shutil.copytree(drawn, out)
-    interrupted(out)
-    shutil.copy(drawn / "00002.captions.npy", out)
-    record = json.loads((out / "00001.done.json").read_text()) | {"part": 2, "rows": 10, "samples": 10}
-    (out / "00002.done.json").write_text(json.dumps(record))
-    (out / "00002.skipped.jsonl").touch()
-    launch("prepare_latents.py", *DRAWN, "--out", out, processes=2)
-    assert contents(out).keys() == contents(drawn).keys() and len(Dataset(out, 8)) == 50
+    interrupted(drawn, tmp_path / "part", 3)  # the second process must not begin again what the first tidies up
+    launch("prepare_latents.py", *DRAWN, "--out", tmp_path / "part", processes=2)
+    assert contents(tmp_path / "part") == contents(drawn)
 
 
 def test_a_folder_with_good_and_bad_pictures(script, tmp_path):

@@ -12,7 +12,7 @@ import zlib
 import numpy as np
 import pytest
 from conftest import ROOT
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from pictures.captions import caption_chooser
 from pictures.decode import Unusable, squares
@@ -97,12 +97,6 @@ def bomb():
     return head + b"\0\0\0\0IDAT" + zlib.crc32(b"IDAT").to_bytes(4, "big")
 
 
-def text_bomb():
-    info = PngImagePlugin.PngInfo()
-    info.add_text("a", "x" * 10_000_000, zip=True)
-    return encoded(noise(), pnginfo=info)
-
-
 PNG, JPEG, WEBP = encoded(noise(1)), encoded(noise(2), "JPEG"), encoded(noise(3), "WEBP")
 exif = Image.Exif()
 exif[0x0112] = 77  # an orientation that does not exist
@@ -122,33 +116,33 @@ BAD = {
     "cut.webp": (WEBP[: len(WEBP) // 2], "OSError"), "cut.gif": (encoded(noise(mode="P"), "GIF")[:700], ""),
     "crc.png": (damaged(PNG), ""), "empty.jpg": (b"", "UnidentifiedImageError"),
     "zeros.jpg": (bytes(5000), "UnidentifiedImageError"), "page.jpg": (b"<html>404</html>", "UnidentifiedImageError"),
-    "bomb.png": (bomb(), "DecompressionBomb"), "text bomb.png": (text_bomb(), "ValueError"),
+    "bomb.png": (bomb(), "DecompressionBomb"),
     "float.tiff": (encoded(Image.fromarray(np.full((40, 40), 0.9, np.float32)), "TIFF"), "32 bits"),
     "small.png": (encoded(noise(size=(31, 60))), "too small: 31 x 60")}
 
 
 def test_a_folder_of_strange_files(tmp_path):
-    files = GOOD | {name: data for name, (data, _) in BAD.items()}
-    write(tmp_path, files)
-    for name in files:
+    write(tmp_path, GOOD | {name: data for name, (data, _) in BAD.items()})
+    for name in GOOD | BAD:
         (tmp_path / name).with_suffix(".txt").write_bytes(b"caption of " + os.fsencode(name))
-    captions = {"blank.png": b" \n\t ", "void.png": b"", "huge.png": b"word " * 20_000, "bom.png": b"\xef\xbb\xbfmark",
-                "latin1.png": "K\u00e4se".encode("latin-1"), "nul.png": b"a\0b\x1b[31m"}
-    write(tmp_path, {name: PNG for name in (*captions, "silent.png")})
-    write(tmp_path, {name.replace(".png", ".txt"): text for name, text in captions.items()})
+    kept = {"huge": b"word " * 20_000, "bom": b"\xef\xbb\xbfmark", "latin1": b"K\xe4se", "nul": b"a\0b\x1b[31m"}
+    silent = {"blank": b" \n\t ", "void": b"", "json": b"", "none": b""}
+    for name, text in (kept | silent).items():
+        write(tmp_path, {f"{name}.png": PNG, f"{name}.txt": text})
+    (tmp_path / "none.txt").unlink()
+    (tmp_path / "json.txt").rename(tmp_path / "json.json")
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "nowhere.png").symlink_to(tmp_path / "gone.png")
     os.mkfifo(tmp_path / "pipe.png")
     write(tmp_path, {"cut.json": b'{"caption": "not', "notes.md": b"x", "Thumbs.db": b"x", ".DS_Store": b"x"})
     good, bad = read(tmp_path)
-    kept = {"huge.png", "bom.png", "latin1.png", "nul.png"}
-    assert good.keys() == GOOD.keys() | kept and len(good["huge.png"]) == 99_999 and good["nul.png"] == "a\0b\x1b[31m"
+    assert good.keys() == GOOD.keys() | {f"{name}.png" for name in kept}
+    assert len(good["huge.png"]) == 99_999 and good["nul.png"] == "a\0b\x1b[31m"
     assert all(good[name].startswith("caption of ") for name in GOOD)
-    wanted = {name: reason for name, (_, reason) in BAD.items()} | dict.fromkeys(captions.keys() - kept, "no caption")
-    wanted |= {"silent.png": "no caption", "nowhere.png": "not a file", "pipe.png": "not a file"}
+    wanted = {name: reason for name, (_, reason) in BAD.items()} | {f"{name}.png": "no caption" for name in silent}
+    wanted |= {"nowhere.png": "not a file", "pipe.png": "not a file"}
     assert bad.keys() == wanted.keys()
-    for name, (reason,) in bad.items():
-        assert wanted[name] in reason, (name, reason)
+    assert not [(name, reasons) for name, reasons in bad.items() if len(reasons) > 1 or wanted[name] not in reasons[0]]
 
 
 def test_pixels_of_every_mode():
@@ -195,7 +189,6 @@ WHOLE = tar_bytes(TWO)
 HEADER = WHOLE.index(b"second.png")  # of the second picture
 # file: (its bytes, the captions that are kept, {entry, or "" for the archive: the reason that is listed})
 ARCHIVED = {
-    "whole.tar": (WHOLE, BOTH, {}),
     "cut in a file.tar": (WHOLE[: HEADER + 600], FIRST, BROKEN | {"second.png": "cut off"}),
     "cut in a header.tar": (WHOLE[: HEADER + 100], FIRST, BROKEN),
     "no end.tar": (WHOLE[: HEADER + 512 + 512 * -(-len(PNG) // 512) + 1024], BOTH, {"": "no zeros at its end"}),
@@ -207,12 +200,10 @@ ARCHIVED = {
     "masks.tar": (
         tar_bytes([("a.mask.png", PNG), ("a.png", PNG), ("a.txt", b"a"), ("b.json", b"[1]"), ("b.png", PNG)]),
         {"a.png": "a"}, {"b.png": "no caption", "a.mask.png": "no caption"}),
-    "long name.tar": (tar_bytes(pair("n" * 180), format=tarfile.PAX_FORMAT), {"n" * 180 + ".png": "n" * 180}, {}),
     "zeroed header.tar": (WHOLE[:HEADER] + bytes(1024) + WHOLE[HEADER + 1024 :], FIRST, BROKEN),
     "two in one.tar": (tar_bytes(pair("first")) + tar_bytes(pair("second")), BOTH, {}),
     "preallocated.tar": (WHOLE[:HEADER] + bytes(6000 * 512), FIRST, {"": "an incomplete download"}),
     "twice.tar": (tar_bytes([("a.png", PNG), ("a.png", JPEG), *pair("b")]), {"b.png": "b"}, {"a.png": "there twice"}),
-    "size.tar": (WHOLE[: HEADER + 124] + b"\x80\0\0\0\x10" + bytes(7) + WHOLE[HEADER + 136 :], FIRST, BROKEN),
     "deep.tar": (tar_bytes([("a.png", PNG), ("a.json", b"[" * 100_000)] + pair("b")), {"b.png": "b"},
                  {"a.png": "no caption"}),
     "several.tar": (tar_bytes([("0.left.png", PNG), ("0.right.png", PNG), ("0.txt", b"both")]),
@@ -222,11 +213,9 @@ ARCHIVED = {
     "cut.tgz": (tar_bytes([*TWO, ("third.png", noise(9, (300, 300)).tobytes())], "w:gz")[:12_000], BOTH,
                 BROKEN | {"third.png": "cut off"}),
     "damaged.tar.gz": (damaged(tar_bytes(TWO, "w:gz")), {}, BROKEN | {"first.png": "no caption"}),
-    "whole.zip": (zip_bytes(TWO), BOTH, {}), "empty.zip": (zip_bytes([]), {}, {}),
     "cut.zip": (zip_bytes(TWO)[:3000], {}, {"": "cannot be read: File is not a zip"}),
     "damaged.zip": (damaged(zip_bytes(TWO), 1000), {"second.png": "second"}, {"first.png": "cannot be read"}),
     "bad table.zip": (zip_bytes([("part-1.json", b"{"), *pair("first")]), FIRST, {"": "part-1.json cannot be read"}),
-    "deep.zip": (zip_bytes([("part-9.json", b"[" * 100_000)] + TWO), BOTH, {"": "part-9.json cannot be read"}),
     "twice.zip": (zip_bytes([("a.png", PNG), ("a.PNG", JPEG), *pair("b")]).replace(b"a.PNG", b"a.png"),
                   {"b.png": "b"}, {"a.png": "there twice"}),
     "dots.zip": (zip_bytes(pair("photo") + pair("photo.2") + pair("x 7.5")),
