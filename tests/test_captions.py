@@ -11,8 +11,6 @@ from test_sources import write
 from pictures.captions import caption_chooser, clean_web_caption, harmless, read_captions
 from pictures.decode import Lost
 
-# --- captions files --------------------------------------------------------------------------------------------------
-
 ANNOTATIONS = [{"image_id": n, "caption": c} for n, c in ((9, ""), (9, "first of 9 "), (7, "of 7"), (9, "second"))]
 COCO = {"images": [{"id": n, "file_name": f"COCO_val2014_{n}.jpg"} for n in (7, 9)], "annotations": ANNOTATIONS}
 # (file, its text, {picture: caption})
@@ -73,8 +71,6 @@ def test_nsfw_scores_are_compared_in_their_own_precision(tmp_path):
     with pytest.raises(ValueError, match="nsfw_scores .* cannot be read"):
         harmless(tmp_path / "no.parquet", 0.2)
 
-
-# --- captions from the web -------------------------------------------------------------------------------------------
 
 CASES = {
     "A cat on a <b>mat</b> &amp;amp; a dog": "A cat on a mat & a dog",

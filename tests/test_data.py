@@ -47,9 +47,6 @@ def lines_of(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-# --- preparation -----------------------------------------------------------------------------------------------------
-
-
 def test_round_trip_of_the_drawn_set(drawn):
     text_encoder, ids = encoders.load_text_encoder("words"), [49, 0, 20, 19]
     for resolution in (16, 32):
@@ -179,9 +176,6 @@ def test_a_source_that_changes_on_the_way_is_refused(tmp_path):
         prepare("--source", source, "--out", out)
 
 
-# --- damage ----------------------------------------------------------------------------------------------------------
-
-
 def test_disk_full_while_writing_a_shard_keeps_what_was_there(small_disk):
     disk = small_disk(2)
     args = ("--out", disk / "d", "--limit=400", "--shard_size=50", "--resolutions=32")
@@ -236,9 +230,6 @@ def test_damaged_or_missing_parts_are_named(drawn, tmp_path):
             Dataset(folder, 8)
 
 
-# --- the stand-in encoders -------------------------------------------------------------------------------------------
-
-
 def test_pixels_is_lossless():
     vae, images = encoders.load_vae("pixels"), torch.rand(2, 3, 8, 12) * 2 - 1
     mean, logvar = vae.posterior(images)
@@ -260,23 +251,14 @@ def test_words_are_fixed_vectors_with_positions():
     assert encode(["w " * 40])[0].abs().sum(-1).gt(0).all()
 
 
-# --- 8-bit captions --------------------------------------------------------------------------------------------------
-
-
 def test_captions_in_8_bits(drawn, tmp_path):
-    args = (*DRAWN, "--out", tmp_path / "int8")
-    prepare(*args, "--caption_dtype=int8")
-    half, int8, ids = Dataset(drawn, 8), Dataset(tmp_path / "int8", 8), [39, 0, 15, 16, 17]
-    (a, x), (b, y) = half.rows(ids), int8.rows(ids)
+    prepare(*DRAWN, "--out", tmp_path / "int8", "--caption_dtype=int8")
+    (a, x), (b, y) = (Dataset(folder, 8).rows([39, 0, 15, 16, 17]) for folder in (drawn, tmp_path / "int8"))
     np.testing.assert_array_equal(a, b)
-    error = np.abs(y - x.astype(np.float32))
-    assert 0 < error.max() <= np.abs(x).max() / 127 * 0.51
-    assert np.sqrt((error**2).mean()) < 0.006 * x.astype(float).std()
+    assert 0 < np.abs(y - x.astype(np.float32)).max() <= np.abs(x).max() / 127 * 0.51
     small, large = (sum(path.stat().st_size for path in folder.glob("*.npy") if "latents" not in path.name)
                     for folder in (tmp_path / "int8", drawn))
     assert small < 0.55 * large
-    with pytest.raises(SystemExit, match="caption_dtype: 'int8' there, 'float16' now"):
-        prepare(*args)
     (tmp_path / "int8/00000.scales.npy").unlink()
     with pytest.raises(ValueError, match="scales.npy is missing"):
         Dataset(tmp_path / "int8", 8)
@@ -292,9 +274,6 @@ def test_quantization_is_within_half_a_step(n, dim, exponent, seed):
     steps = np.repeat(scales.astype(np.float32), dim // scales.shape[-1], axis=-1)
     assert values.shape == x.shape and values.dtype == np.int8 and (y[0, 0] == 0).all()
     assert (np.abs(y - x) <= 0.58 * steps + 1e-7).all()  # half a step, and the rounding of the scale itself
-
-
-# --- several folders as one set --------------------------------------------------------------------------------------
 
 
 def test_several_folders_are_one_set(tmp_path):

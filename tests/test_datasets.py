@@ -16,11 +16,15 @@ def picture(seed, kind="JPEG", **options):
     return encoded(noise(seed, **options), kind)
 
 
+def encode(table):
+    return json.dumps(table).encode()
+
+
 def sa1b(root):
     """Tars with masks beside the pictures; the captions come from elsewhere, by picture name"""
-    masks = json.dumps({"image": {"image_id": 1, "width": 40}, "annotations": [{"area": 3, "bbox": [0, 0, 1, 1]}]})
+    masks = encode({"image": {"image_id": 1, "width": 40}, "annotations": [{"area": 3, "bbox": [0, 0, 1, 1]}]})
     for k, numbers in enumerate(((1, 2, 3), (11188, 11189))):
-        pairs = [[(f"./sa_{i}.jpg", picture(i)), (f"./sa_{i}.json", masks.encode())] for i in numbers]
+        pairs = [[(f"./sa_{i}.jpg", picture(i)), (f"./sa_{i}.json", masks)] for i in numbers]
         write(root, {f"sa1b/sa_{k:06d}.tar": tar_bytes(sum(pairs, []))})
     texts = [(f"sa_{i}.txt", f"The image shows {i} houses.\n".encode()) for i in (1, 2, 11188, 11189, 99)]
     write(root, {"sa1b/SA1B_caption.tar.gz": tar_bytes(texts, "w:gz")})
@@ -30,10 +34,8 @@ def sa1b(root):
 def cc12m(root):
     files = []
     for key, caption in (("000", "<PERSON> in Paris - Stock Photo"), ("001", "A red <b>boat</b> &amp; a dog!!!!")):
-        meta = {"url": "http://x/y.jpg", "caption": caption, "key": key, "status": "success", "error_message": None,
-                "width": 40, "height": 36, "original_width": 800, "original_height": 720, "exif": "{}"}
-        files += [(f"{key}.jpg", picture(1)), (f"{key}.txt", caption.encode())]
-        files += [(f"{key}.json", json.dumps(meta).encode())]
+        meta = {"url": "http://x/y.jpg", "caption": caption, "key": key, "status": "success", "width": 40, "exif": "{}"}
+        files += [(f"{key}.jpg", picture(1)), (f"{key}.txt", caption.encode()), (f"{key}.json", encode(meta))]
     small = [("002.jpg", picture(2, size=(40, 30))), ("002.txt", b"too small")]
     write(root, {"cc12m/00000.tar": tar_bytes(files), "cc12m/00001.tar": tar_bytes(small),
                  "cc12m/00000.parquet": b"PAR1", "cc12m/00000_stats.json": b"{}"})
@@ -41,14 +43,14 @@ def cc12m(root):
 
 
 def textcaps(root):
+    ids = [f"00{i}a6ef3c0bf4ed" for i in range(2)]
     files = [("train_images/", b""), ("train_images/ffff6ef3c0bf4ed0.jpg", picture(9))]
-    files += [(f"train_images/00{i}a6ef3c0bf4ed.jpg", picture(i)) for i in range(2)]
-    data = [{"caption_id": 5 * i + k, "caption_str": f"A sign says {i}{k}.", "image_id": f"00{i}a6ef3c0bf4ed",
-             "image_path": f"train/00{i}a6ef3c0bf4ed.jpg", "image_name": f"00{i}a6ef3c0bf4ed", "image_width": 40,
-             "set_name": "train", "flickr_original_url": "https://x", "reference_strs": ["."]}
-            for i in range(2) for k in range(5)]
-    text = json.dumps({"dataset_name": "textcaps", "dataset_version": "0.1", "data": data})
-    write(root, {"textcaps/train_val_images.zip": zip_bytes(files), "textcaps/TextCaps_0.1_train.json": text.encode()})
+    files += [(f"train_images/{name}.jpg", picture(i)) for i, name in enumerate(ids)]
+    data = [{"caption_id": k, "caption_str": f"A sign says {i}{k}.", "image_id": name, "image_name": name,
+             "image_path": f"train/{name}.jpg", "set_name": "train", "reference_strs": ["."]}
+            for i, name in enumerate(ids) for k in range(5)]
+    table = {"dataset_name": "textcaps", "dataset_version": "0.1", "data": data}
+    write(root, {"textcaps/train_val_images.zip": zip_bytes(files), "textcaps/TextCaps_0.1_train.json": encode(table)})
     return {"A sign says 00.", "A sign says 10."}, {"no caption": 1}
 
 
@@ -72,7 +74,7 @@ def diffusiondb(root):
     for folder, part in (("diffusiondb-large-part-1", 1), ("diffusiondb-large-part-2", 10001)):
         names = [f"{part}{i}-6e-4a.webp" for i in range(4)]
         prompts = {n: {"p": f"a fox by {n}, ", "se": 1, "c": 7.0, "st": 50, "sa": "k_lms"} for n in names}
-        files = [(f"part-{part:06d}.json", json.dumps(prompts).encode()), *((n, picture(1, "WEBP")) for n in names)]
+        files = [(f"part-{part:06d}.json", encode(prompts)), *((n, picture(1, "WEBP")) for n in names)]
         write(root, {f"diffusiondb/{folder}/part-{part:06d}.zip": zip_bytes(files)})
         scores = [(0.1, 0.2), (0.2, 0.1), (2.0, 0.0), (0.0, 0.3)]
         rows += [{"image_name": n, "prompt": "a fox", "part_id": part, "image_nsfw": a, "prompt_nsfw": b}
@@ -89,7 +91,7 @@ def coco(root):
                    for k in range(5) for i in (73, 42, 74)]
     table = {"info": {}, "images": images, "licenses": [], "annotations": annotations, "type": "captions"}
     write(root, {f"coco/val2014/{image['file_name']}": picture(image["id"]) for image in images[:2]})
-    write(root, {"coco/annotations/captions_val2014.json": json.dumps(table).encode()})
+    write(root, {"coco/annotations/captions_val2014.json": encode(table)})
     return {"Caption 0 of 42.", "Caption 0 of 73."}, {"no such file": 1}
 
 

@@ -88,9 +88,6 @@ def read(source, root="", **choices):
     return good, bad
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
-
-
 def bomb():
     chunk = b"IHDR" + (60_000).to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
     head = b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
@@ -175,9 +172,6 @@ def test_pictures_beside_archives_are_not_overlooked(tmp_path):
     assert read(tmp_path / "in") == ({"deep/p.png": "p", "linked/p.png": "p"}, {})
 
 
-# --- archives --------------------------------------------------------------------------------------------------------
-
-
 def pair(name):
     return [(f"{name}.png", PNG), (f"{name}.txt", name.encode())]
 
@@ -246,9 +240,6 @@ def test_several_archives_and_a_limit(tmp_path):
     assert good == {"b.tar/x/1.png": "x/1", "b.tar/x/2.png": "x/2", "deep/a.zip/käse.png": "käse"} and not bad
 
 
-# --- lists of pictures -----------------------------------------------------------------------------------------------
-
-
 def test_a_list_of_pictures_with_missing_files(tmp_path):
     write(tmp_path, {f"pictures/{name}": PNG for name in ("a.png", "b c.png", "7.jpg")})
     named = {"pictures/a.png": "one", "./pictures/b c.png": "two", "pictures/7": "without its extension"}
@@ -269,9 +260,6 @@ def test_a_list_that_names_no_pictures_is_refused(tmp_path, text):
     (tmp_path / "list.json").write_text(text)
     with pytest.raises(ValueError, match="list.json"):
         find_parts(str(tmp_path / "list.json"), 7)
-
-
-# --- shards ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("counts", [(5,), (0, 3, 4), (9, 1, 0), (2, 0, 5, 3, 1, 7, 4, 6, 8, 2, 3, 4)])

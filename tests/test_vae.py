@@ -90,25 +90,23 @@ LDM_NAMES = (  # patterns of diffusers' names in the order in which they are rep
     (r"mid_block\.resnets\.0\.", "mid.block_1."), (r"mid_block\.resnets\.1\.", "mid.block_2."),
     (r"\.resnets\.", ".block."), (r"mid_block\.attentions\.0\.to_out\.0\.", "mid.attn_1.proj_out."),
     (r"mid_block\.attentions\.0\.to_", "mid.attn_1."), (r"mid_block\.attentions\.0\.group_norm", "mid.attn_1.norm"),
-    (r"conv_shortcut", "nin_shortcut"), (r"conv_norm_out", "norm_out"))
+    (r"conv_shortcut", "nin_shortcut"), (r"conv_norm_out", "norm_out"),
+    *((rf"decoder\.up_blocks\.{i}", f"decoder.up.{2 - i}") for i in range(3)))  # of three levels, from the finest
 
 
-def ldm_names(tensors, levels):
-    """The names of the LDM code, whose decoder counts its levels from the finest, with attention of 1x1 convolutions"""
+def ldm_names(tensors):
+    """The tensors as in the LDM code's files, whose attention is of 1x1 convolutions"""
     out = {}
     for name, tensor in tensors.items():
-        if ".attentions." in name and tensor.ndim == 2:
-            tensor = tensor[:, :, None, None]
-        name = re.sub(r"decoder\.up_blocks\.(\d)", lambda m: f"decoder.up.{levels - 1 - int(m[1])}", name)
         for pattern, new in LDM_NAMES:
             name = re.sub(pattern, new, name)
-        out[name] = tensor.contiguous()
+        out[name] = tensor[:, :, None, None] if ".attn_1." in name and tensor.ndim == 2 else tensor
     return out
 
 
 def test_a_single_file_in_the_ldm_format(small, tmp_path):
     theirs, folder = small
-    tensors = ldm_names(load_file(folder / WEIGHTS), levels=3)
+    tensors = ldm_names(load_file(folder / WEIGHTS))
     save_file(tensors, tmp_path / "vae.safetensors")
     with pytest.raises(ValueError, match="give scaling_factor"):
         vae.load(tmp_path / "vae.safetensors")
