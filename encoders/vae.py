@@ -227,7 +227,6 @@ def read_safetensors(path):
 def download(name):
     """Fetch a hub repository and return its folder on this disk."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     parts = str(name).split("/")
     if len(parts) < 2 or parts[0] in ("", ".", "..", "~"):
         raise ValueError(f"autoencoder {name}: there is no such file or folder, and a hub id looks like "
@@ -237,7 +236,7 @@ def download(name):
              for file in ("config.json", "diffusion_pytorch_model.safetensors")]
     try:
         return Path(snapshot_download("/".join(parts[:2]), allow_patterns=files)) / folder
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (OSError, ValueError) as error:  # the hub's errors are one or the other
         raise ValueError(f"autoencoder {name}: neither a file or folder here, nor could it be fetched from the hub "
                          f"({type(error).__name__}: {str(error).splitlines()[0]})") from None
 

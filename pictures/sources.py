@@ -132,7 +132,7 @@ def pieces(entries, piece, sample):
 def file_sample(name, path):
     texts = (path.with_suffix(".txt"), path.with_suffix(".json"))
     caption = caption_among({text.name: text.read_bytes() for text in texts if text.is_file()}, path.stem)
-    return name, path if path.is_file() else Lost("not a file"), caption  # but a link to nowhere, or a pipe
+    return name, path if path.is_file() else Lost("not a file"), caption  # it may be a pipe, or a link to nowhere
 
 
 def read_manifest(path, root):
@@ -253,7 +253,8 @@ def sample(label, files):
     A caption belongs to the picture whose name it has (7.5.txt to 7.5.png); else that of the name up to the first dot
     belongs to the picture NAME.png, or where there is none, to all (0.txt to 0.left.png and 0.right.png).
     """
-    stems, entries = {name: name.rpartition(".")[0] for name in files if is_picture(name)}, []
+    stems = {name: name.rpartition(".")[0] for name in files if is_picture(name)}
+    entries = []
     for name, stem in stems.items():
         folder, slash, base = name.rpartition("/")
         start = folder + slash + base.partition(".")[0]
