@@ -1,5 +1,4 @@
 """captions.py: captions files, scores, and the cleaner for captions from the web."""
-
 import json
 import time
 

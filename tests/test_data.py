@@ -1,5 +1,4 @@
 """prepare_latents.py and dataset.py: from pictures and captions to memmaps and back."""
-
 import errno
 import json
 import os

@@ -1,5 +1,4 @@
 """docs/datasets.md: its commands, run on miniatures that have the published data sets' layout."""
-
 import json
 import re
 import shlex

@@ -1,5 +1,4 @@
 """Where pictures come from, with a hostile input set: everything good is kept, everything bad has its reason."""
-
 import io
 import json
 import os

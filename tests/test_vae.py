@@ -1,5 +1,4 @@
 """vae.py against diffusers' AutoencoderKL, on random models written to disk in the published formats."""
-
 import json
 import re
 
