@@ -175,17 +175,17 @@ def set_up(folder, models, parts, total):
             "settings": kept}
     if overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":  # a restart of torchrun's goes on
         shards.delete_prepared(folder)
-    if (folder / "dataset.json").exists():
-        new, info = info, read_info(folder)
-        check_continuation(folder, info, new)
-    if info["complete"]:
-        print(f"{folder} is already prepared: {info['rows']:,} rows")
-        shards.delete_records(folder)  # which a kill at the very end has left
-    else:
+    if not (folder / "dataset.json").exists():
         check_disk(folder, total, autoencoder, text)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "dataset.json", info)
-    return info
+        return info
+    old = read_info(folder)
+    check_continuation(folder, old, info)
+    if old["complete"]:
+        print(f"{folder} is already prepared: {old['rows']:,} rows")
+        shards.delete_records(folder)  # which a kill at the very end has left
+    return old
 
 
 def check_continuation(folder, old, new):
@@ -196,23 +196,21 @@ def check_continuation(folder, old, new):
         raise ValueError(f"{folder} was prepared with other settings ({'; '.join(differ)}): give another --out, or "
                          "--overwrite")
     if not old["complete"] and old.get("source_hash", new["source_hash"]) != new["source_hash"]:
-        raise ValueError(f"{source} has changed since {folder} was begun (files came, went or were renamed): finished "
-                         "shards would no longer be what they were. --overwrite begins again, or restore the source")
+        raise ValueError(f"{source} has changed since {folder} was begun (files came, went or were renamed): restore "
+                         "it, or begin again with --overwrite")
 
 
 def check_disk(folder, pictures, autoencoder, text):
     """Print how much will be written; raise ValueError if the disk has not so much left."""
     latents = sum(2 * autoencoder.latent_channels * (r // autoencoder.downsample) ** 2 for r in resolutions)
     each = latents + text.length * text.dim * (2 if caption_dtype == "float16" else 1 + 2 / 32) + 300
-    written = sum(path.stat().st_size for path in folder.iterdir()) if folder.is_dir() else 0
-    above = next(p for p in [folder, *folder.absolute().parents] if p.is_dir())
+    above = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
     needed, free = pictures * each / 1e9, shutil.disk_usage(above).free / 1e9
     print(f"{folder}: about {pictures:,} pictures, {each / 1e3:,.1f} kB each, {needed:,.3f} GB in all; {free:,.3f} GB "
           "free", flush=True)
-    if needed - written / 1e9 > free and not ignore_disk:
+    if needed > free and not ignore_disk:
         raise ValueError(f"{folder} would need about {needed:,.3f} GB, and {free:,.3f} GB are free: give another "
-                         "--out, --caption_dtype int8, fewer --resolutions, a --limit, or --ignore_disk if many of the "
-                         "pictures will be left out")
+                         "--out, --caption_dtype int8, fewer --resolutions, a --limit, or --ignore_disk")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -308,8 +306,9 @@ def report(folder, info, writer, pictures):
     words = f", {len(info['words'])} different words" if info["words"] else ""
     print(f"{folder}: {info['rows']:,} rows in {len(info['shards'])} shards{words}")
     if total := sum(writer.seconds.values()):
-        print(f"{pictures / (time.time() - writer.started):,.1f} pictures/s; of the first process's time: "
-              + ", ".join(f"{stage} {100 * s / total:.0f} %" for stage, s in writer.seconds.items()))
+        rate = pictures / (time.time() - writer.started)
+        print(f"{rate:,.{2 if rate < 10 else 1}f} pictures/s; of the first process's time: " + ", ".join(
+            f"{stage} {100 * s / total:.0f} %" for stage, s in writer.seconds.items()))
     if info["captions_cut"]:
         print(f"{info['captions_cut']:,} captions are longer than {writer.text.length} words and were cut there")
     for reason, n in info["skipped"].items():

@@ -6,7 +6,6 @@ Text encoders of published models, through transformers: CLIP's and T5's token e
 """
 import html
 import json
-import re
 import unicodedata
 from pathlib import Path
 
@@ -17,17 +16,15 @@ T5_LENGTH = 120
 # what ftfy, which open_clip uses, repairs: quotes, ligatures, full-width forms, control characters (but not mojibake)
 LIGATURES = [*range(0xFB00, 0xFB07), 0x132, 0x133, 0x149, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4)]
 CONTROLS = [*range(0x09), 0x0B, *range(0x0E, 0x20), 0x7F, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD)]
-REPAIRS = (dict.fromkeys(CONTROLS) | {c: unicodedata.normalize("NFKC", chr(c)) for c in LIGATURES}
-           | dict.fromkeys(map(ord, "’‘‚‛ʼ"), "'") | dict.fromkeys(map(ord, "“”„‟"), '"'))
-FULL_WIDTH = re.compile("[\u3000\uff01-\uffe6]+")
+REPAIRS = {c: unicodedata.normalize("NFKC", chr(c)) for c in (*LIGATURES, 0x3000, *range(0xFF01, 0xFFF0))}
+REPAIRS |= dict.fromkeys(CONTROLS) | dict.fromkeys(map(ord, "’‘‚‛ʼ"), "'") | dict.fromkeys(map(ord, "“”„‟"), '"')
 
 
 def clean(text):
     """Return a caption as open_clip's tokenizer sees it: repaired, unescaped, one space between words, lower case."""
     if "<" not in text:
         text = html.unescape(text)
-    text = FULL_WIDTH.sub(lambda m: unicodedata.normalize("NFKC", m[0]), text.translate(REPAIRS))
-    text = html.unescape(html.unescape(unicodedata.normalize("NFC", text)))
+    text = html.unescape(html.unescape(unicodedata.normalize("NFC", text.translate(REPAIRS))))
     return " ".join(text.split()).lower()
 
 

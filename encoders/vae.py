@@ -20,10 +20,11 @@ from safetensors.torch import load_file
 
 SLICE = 4  # pictures that go through the network at once: memory depends on it and not on the batch
 # what diffusers assumes where a config.json says nothing; the scaling factor is not among them, on purpose
-DEFAULTS = {
-    "in_channels": 3, "out_channels": 3, "latent_channels": 4, "block_out_channels": [64], "layers_per_block": 1,
-    "norm_num_groups": 32, "act_fn": "silu", "shift_factor": None, "force_upcast": True, "use_quant_conv": True,
-    "use_post_quant_conv": True, "mid_block_add_attention": True, "latents_mean": None, "latents_std": None}
+DEFAULTS = {"latent_channels": 4, "block_out_channels": [64], "layers_per_block": 1, "norm_num_groups": 32,
+            "shift_factor": None, "force_upcast": True, "use_quant_conv": True, "use_post_quant_conv": True}
+# what else a config.json may say: all published ones say this, and nothing else is built
+BUILT = {"in_channels": 3, "out_channels": 3, "act_fn": "silu", "mid_block_add_attention": True, "latents_mean": None,
+         "latents_std": None}
 # from the tensor names of the LDM code and of early diffusers to those of today, replaced in this order
 RENAMED = {
     "encoder.down.": "encoder.down_blocks.", ".mid.block_1.": ".mid_block.resnets.0.",
@@ -65,12 +66,12 @@ class Attention(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """Two ResNet blocks at the coarsest resolution, with attention between them if the config asks for it."""
+    """Two ResNet blocks at the coarsest resolution, with attention between them."""
 
-    def __init__(self, channels, groups, attention):
+    def __init__(self, channels, groups):
         super().__init__()
         self.resnets = resnets([channels] * 3, groups)
-        self.attentions = nn.Sequential(Attention(channels, groups)) if attention else nn.Identity()
+        self.attentions = nn.Sequential(Attention(channels, groups))
 
     def forward(self, x):
         return self.resnets[1](self.attentions(self.resnets[0](x)))
@@ -105,9 +106,9 @@ def build_levels(widths, layers, groups, name, resample):
 
 def build_encoder(c):
     widths, groups, layers = c["block_out_channels"], c["norm_num_groups"], c["layers_per_block"]
-    return chain(conv_in=nn.Conv2d(c["in_channels"], widths[0], 3, padding=1),
+    return chain(conv_in=nn.Conv2d(3, widths[0], 3, padding=1),
                  down_blocks=build_levels(widths, layers, groups, "downsamplers", halve),
-                 mid_block=MidBlock(widths[-1], groups, c["mid_block_add_attention"]),
+                 mid_block=MidBlock(widths[-1], groups),
                  conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=1e-6), activation=nn.SiLU(),
                  conv_out=nn.Conv2d(widths[-1], 2 * c["latent_channels"], 3, padding=1))
 
@@ -115,10 +116,10 @@ def build_encoder(c):
 def build_decoder(c):
     widths, groups, layers = c["block_out_channels"][::-1], c["norm_num_groups"], c["layers_per_block"] + 1
     return chain(conv_in=nn.Conv2d(c["latent_channels"], widths[0], 3, padding=1),
-                 mid_block=MidBlock(widths[0], groups, c["mid_block_add_attention"]),
+                 mid_block=MidBlock(widths[0], groups),
                  up_blocks=build_levels(widths, layers, groups, "upsamplers", double),
                  conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=1e-6), activation=nn.SiLU(),
-                 conv_out=nn.Conv2d(widths[-1], c["out_channels"], 3, padding=1))
+                 conv_out=nn.Conv2d(widths[-1], 3, 3, padding=1))
 
 
 class KLAutoencoder(nn.Module):
@@ -130,11 +131,11 @@ class KLAutoencoder(nn.Module):
     def __init__(self, config, name=""):
         super().__init__()
         c = self.config = DEFAULTS | config
-        self.name, self.encoder, self.decoder = name, build_encoder(c), build_decoder(c)
-        latent = c["latent_channels"]
-        self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1) if c["use_quant_conv"] else nn.Identity()
-        self.post_quant_conv = nn.Conv2d(latent, latent, 1) if c["use_post_quant_conv"] else nn.Identity()
-        self.latent_channels, self.downsample = latent, 2 ** (len(c["block_out_channels"]) - 1)
+        self.name, self.latent_channels = name, c["latent_channels"]
+        self.downsample = 2 ** (len(c["block_out_channels"]) - 1)
+        self.encoder, self.decoder, n = build_encoder(c), build_decoder(c), self.latent_channels
+        self.quant_conv = nn.Conv2d(2 * n, 2 * n, 1) if c["use_quant_conv"] else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(n, n, 1) if c["use_post_quant_conv"] else nn.Identity()
         self.scaling_factor, self.shift = c["scaling_factor"], c["shift_factor"] or 0.0
 
     @torch.no_grad()
@@ -193,12 +194,12 @@ def load(name, device="cpu", dtype=None, scaling_factor=None):
 def check_config(config, name, dtype):
     unknown = {*config.get("down_block_types", ()), *config.get("up_block_types", ())}
     unknown -= {"DownEncoderBlock2D", "UpDecoderBlock2D"}
-    if unknown or config["act_fn"] != "silu" or config["latents_mean"] or config["latents_std"]:
-        what = {key: config[key] for key in ("act_fn", "latents_mean", "latents_std")}
-        raise ValueError(f"autoencoder {name} is not of the kind that this code builds: {unknown or what}")
+    unknown |= {f"{key} {config[key]}" for key, built in BUILT.items() if config.get(key, built) != built}
+    if unknown:
+        raise ValueError(f"autoencoder {name} is not of the kind that this code builds: {', '.join(unknown)}")
     if not config["scaling_factor"]:
         raise ValueError(f"autoencoder {name} does not name its scaling factor (a single file never does): give "
-                         "scaling_factor (SDXL's is 0.13025); a wrong one would train on latents of the wrong scale")
+                         "scaling_factor (SDXL's is 0.13025)")
     if dtype == torch.float16 and config["force_upcast"]:
         raise ValueError(f"autoencoder {name} overflows in float16, which gives black pictures (its config has "
                          "force_upcast): use bfloat16 or float32, or madebyollin/sdxl-vae-fp16-fix")
@@ -209,29 +210,23 @@ def read_folder(name):
     folder = Path(name) if Path(name).is_dir() else download(name)
     if not (folder / "config.json").is_file() and (folder / "vae/config.json").is_file():
         folder = folder / "vae"
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"autoencoder {name}: no config.json in {folder}")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"autoencoder {name}: {folder / 'config.json'} is not JSON ({error})") from None
-    for weights in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"):
-        if (folder / weights).is_file():
-            return config, read_safetensors(folder / weights)
-    raise ValueError(f"autoencoder {name}: no diffusion_pytorch_model.safetensors in {folder}")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"autoencoder {name}: {folder / 'config.json'} cannot be read ({error})") from None
+    return config, read_safetensors(folder / "diffusion_pytorch_model.safetensors")
 
 
 def read_safetensors(path):
     try:
         return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}): fetch it again") from None
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is missing or not a whole safetensors file ({error}): fetch it again") from None
 
 
 def download(name):
     """Fetch a hub repository and return its folder on this disk."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     parts = str(name).split("/")
     if len(parts) < 2 or parts[0] in ("", ".", "..", "~"):
         raise ValueError(f"autoencoder {name}: there is no such file or folder, and a hub id looks like "
@@ -241,7 +236,7 @@ def download(name):
              for file in ("config.json", "diffusion_pytorch_model.safetensors")]
     try:
         return Path(snapshot_download("/".join(parts[:2]), allow_patterns=files)) / folder
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (OSError, ValueError) as error:  # the hub's errors are one or the other
         raise ValueError(f"autoencoder {name}: neither a file or folder here, nor could it be fetched from the hub "
                          f"({type(error).__name__}: {str(error).splitlines()[0]})") from None
 
@@ -261,7 +256,7 @@ def renamed(tensors, levels):
 def read_single_file(path):
     """Read (config, tensors) of one file with the names of the LDM code; the tensors' shapes tell the config."""
     if path.suffix != ".safetensors":
-        raise ValueError(f"autoencoder {path}: a single file must be .safetensors, as others may run code when opened")
+        raise ValueError(f"autoencoder {path}: a file must be .safetensors, as others may run code when opened")
     tensors, prefix = read_safetensors(path), "first_stage_model."
     if any(n.startswith(prefix) for n in tensors):  # a whole checkpoint, with its autoencoder in it
         tensors = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
@@ -270,10 +265,8 @@ def read_single_file(path):
                          "diffusers file belongs into a folder with its config.json")
     levels = len({n.split(".")[2] for n in tensors if n.startswith("encoder.down.")})
     return {
-        "in_channels": tensors["encoder.conv_in.weight"].shape[1],
-        "out_channels": tensors["decoder.conv_out.weight"].shape[0],
         "latent_channels": tensors["decoder.conv_in.weight"].shape[1],
         "layers_per_block": len({n.split(".")[4] for n in tensors if n.startswith("encoder.down.0.block.")}),
         "block_out_channels": [tensors[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)],
         "use_quant_conv": "quant_conv.weight" in tensors, "use_post_quant_conv": "post_quant_conv.weight" in tensors,
-        "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in tensors}, tensors
+    }, tensors

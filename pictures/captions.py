@@ -63,9 +63,7 @@ def read_captions(path):
     except Exception as error:  # json, csv, tarfile, zipfile, zlib and lzma raise errors of their own
         raise ValueError(f"captions file {path} cannot be read ({type(error).__name__}: {error})") from None
     if not by_name:
-        raise ValueError(f"captions file {path} holds no captions: it wants COCO's layout, a list of objects with one "
-                         f"of {', '.join((*FILE_FIELDS, *ID_FIELDS))} and one of {', '.join(CAPTION_FIELDS)}, "
-                         "{name: caption}, or an archive of .txt files")
+        raise ValueError(f"captions file {path} holds no captions in a layout of pictures/captions.py")
     return lambda name: look_up(by_name.get, name)
 
 
@@ -87,16 +85,11 @@ def members(path):
 
 def captions_by_name(file, data):
     """Return {picture name: its first caption} of a file of captions."""
-    by_name = {}
     if file.lower().endswith(".txt"):
-        if text := data.decode("utf-8", "replace").strip():
-            by_name[str(PurePosixPath(file).with_suffix(""))] = text
-    elif file.lower().endswith(TABLES):
-        for names, caption in records(file, data):
-            for name in names:
-                if caption:
-                    by_name.setdefault(name, caption)
-    return by_name
+        text = data.decode("utf-8", "replace").strip()
+        return {str(PurePosixPath(file).with_suffix("")): text} if text else {}
+    table = records(file, data) if file.lower().endswith(TABLES) else []
+    return {name: caption for names, caption in reversed(table) if caption for name in names}
 
 
 def records(name, data):
@@ -115,47 +108,37 @@ def records(name, data):
 
 
 def rows_of_json(table):
-    if isinstance(table, dict) and isinstance(table.get("images"), list) and "annotations" in table:
-        captions = {}
-        for annotation in table["annotations"]:
-            if annotation.get("caption"):
-                captions.setdefault(annotation["image_id"], annotation["caption"])
+    if not isinstance(table, dict):
+        return table if isinstance(table, list) else []
+    if "images" in table and "annotations" in table:
+        captions = {a["image_id"]: a["caption"] for a in reversed(table["annotations"]) if a.get("caption")}
         return [{"file_name": image["file_name"], "caption": captions.get(image["id"])} for image in table["images"]]
-    if isinstance(table, dict) and isinstance(table.get("data"), list):
+    if isinstance(table.get("data"), list):
         return table["data"]
-    if isinstance(table, dict):
-        return [{"name": name, "caption": first_of(value, CAPTION_FIELDS) if isinstance(value, dict) else value}
-                for name, value in table.items() if isinstance(value, (str, dict))]
-    return table if isinstance(table, list) else []
+    return [{"caption": value} | (value if isinstance(value, dict) else {}) | {"name": name}
+            for name, value in table.items() if isinstance(value, (str, dict))]
 
 
 def json_lines(name, text):
     bad = []
     for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
+        try:
+            if line.strip():
                 yield json.loads(line)
-            except ValueError:
-                bad.append(number)
+        except ValueError:
+            bad.append(number)
     if bad:
-        print(f"warning: {name}: {len(bad):,} lines are not JSON and were left out, the first is line {bad[0]:,}",
-              file=sys.stderr)
+        print(f"warning: {name}: {len(bad):,} lines are not JSON, the first is line {bad[0]:,}", file=sys.stderr)
 
 
 def names_and_caption(record):
     """Return (all names that a record gives its picture, caption or None); TextCaps' first name is not the file's."""
-    files = [str(PurePosixPath(str(record[f]))) for f in FILE_FIELDS if record.get(f) not in (None, "")]
-    ids = [str(PurePosixPath(str(record[f]))) for f in ID_FIELDS if record.get(f) not in (None, "")]
-    stems = {PurePosixPath(f).stem for f in files}
-    caption = first_of(record, CAPTION_FIELDS)
-    caption = caption.strip() if isinstance(caption, str) else ""
-    if re.fullmatch(r'"[^"]*"', caption):
-        caption = caption[1:-1].strip()
-    return files + [i for i in ids if not files or i in stems], caption or None
-
-
-def first_of(record, fields):
-    return next((record[f] for f in fields if record.get(f) not in (None, "")), None)
+    files, ids = ([str(PurePosixPath(str(record[field]))) for field in fields if record.get(field) not in (None, "")]
+                  for fields in (FILE_FIELDS, ID_FIELDS))
+    stems = {PurePosixPath(name).stem for name in files}
+    texts = [record[field].strip() for field in CAPTION_FIELDS if isinstance(record.get(field), str)]
+    caption = re.sub(r'^"([^"]*)"$', r"\1", next(filter(None, texts), "")).strip()
+    return files + [name for name in ids if not files or name in stems], caption or None
 
 
 def look_up(get, name):
@@ -186,8 +169,7 @@ def harmless(path, max_nsfw):
     try:
         table = parquet.read_table(path, columns=["image_name", "image_nsfw", "prompt_nsfw"])
     except (ArrowException, KeyError, OSError) as error:
-        raise ValueError(f"--nsfw_scores {path} cannot be read ({error}): it must be DiffusionDB's metadata.parquet or "
-                         "metadata-large.parquet") from None
+        raise ValueError(f"--nsfw_scores {path} cannot be read as DiffusionDB's metadata.parquet: {error}") from None
     # in float32, as DiffusionDB stores them; a picture without a score is NaN, and not known to be harmless
     scores = [table[name].to_numpy().astype(np.float32) for name in ("image_nsfw", "prompt_nsfw")]
     return set(table["image_name"].filter(array(np.maximum(*scores) <= np.float32(max_nsfw))).to_pylist())

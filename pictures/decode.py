@@ -31,11 +31,14 @@ class Lost(str):
 def squares(picture, resolutions, shortest):
     """Return (width, height, [uint8 (r,r,3) for each resolution r]) of a Path, a file's bytes, or an image.
 
-    The shorter side is resized to r (bicubic), then the centre is cut out. Raise Unusable if that cannot be done.
+    The shorter side is resized to r (bicubic), then the centre is cut out. Return an Unusable if that cannot be done.
     """
     if isinstance(picture, Lost):
-        raise Unusable(str(picture))
-    image = picture if isinstance(picture, Image.Image) else load(picture, shortest)
+        return Unusable(picture)
+    try:
+        image = picture if isinstance(picture, Image.Image) else load(picture, shortest)
+    except Unusable as reason:
+        return reason
     return image.width, image.height, [square(image, r) for r in resolutions]
 
 
@@ -63,9 +66,8 @@ def upright(image):
 
 
 def to_rgb(image):
-    # of 32 bits, in which it is not said how much is white: 255 and 65,535 are meant here
-    if image.mode in ("F", "I") and (most := image.getextrema()[1]) <= {"F": 1, "I": 255}[image.mode]:
-        raise Unusable(f"its 32-bit pixels reach only {most:g} and would be black: convert it to 8 bits")
+    if image.mode in ("F", "I"):
+        raise Unusable("its pixels have 32 bits, and nothing says how much is white: convert it to 8 bits")
     if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip
         image = Image.fromarray((np.asarray(image, np.float32) / 257).round().clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -117,16 +119,8 @@ def begin_worker():
     exit_with_parent()
 
 
-def attempt(picture, resolutions, shortest):
-    """Return what squares() gives, or the Unusable that it raises."""
-    try:
-        return squares(picture, resolutions, shortest)
-    except Unusable as reason:
-        return reason
-
-
 def decode_ahead(pictures, pool, ahead, resolutions, shortest):
-    """Yield each (shard, (name, picture, caption)) with what attempt() gives for the picture; (shard, None) stays.
+    """Yield each (shard, (name, picture, caption)) with what squares() gives for the picture; (shard, None) stays.
 
     The next `ahead` pictures are decoded in the meantime.
     """
@@ -134,7 +128,7 @@ def decode_ahead(pictures, pool, ahead, resolutions, shortest):
     for shard, entry in itertools.chain(pictures, [(None, None)] * ahead):  # so many, to push out the last ones
         if entry:
             name, picture, caption = entry
-            entry = name, pool.submit(attempt, picture, resolutions, shortest), caption
+            entry = name, pool.submit(squares, picture, resolutions, shortest), caption
         waiting.append((shard, entry))
         if len(waiting) > ahead:
             shard, entry = waiting.popleft()

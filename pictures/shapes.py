@@ -21,7 +21,14 @@ COLORS = {"red": (225, 30, 35), "orange": (255, 140, 0), "yellow": (250, 225, 40
 BACKGROUNDS = {"white": (255, 255, 255), "black": (10, 10, 10), "gray": (128, 128, 128), "brown": (105, 65, 35),
                "blue": COLORS["blue"], "green": COLORS["green"]}
 SIZES = {"small": 0.15, "large": 0.25}  # half the extent, as a fraction of the picture's side
-SHAPES = ("circle", "square", "triangle", "bar", "cross", "ring")
+# whether a point is inside the shape, for coordinates in which it spans [-1, 1] (v points down)
+INSIDE = {"circle": lambda u, v: u * u + v * v <= 1,
+          "square": lambda u, v: np.maximum(abs(u), abs(v)) <= 0.9,
+          "triangle": lambda u, v: (v <= 0.9) & (abs(u) <= (v + 1) / 1.9),
+          "bar": lambda u, v: (abs(u) <= 1) & (abs(v) <= 0.45),
+          "cross": lambda u, v: (np.minimum(abs(u), abs(v)) <= 0.3) & (np.maximum(abs(u), abs(v)) <= 1),
+          "ring": lambda u, v: (u * u + v * v <= 1) & (u * u + v * v >= 0.3)}
+SHAPES = tuple(INSIDE)
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 # Pairs never drawn unless asked for (12.5 %): can the network compose what it only saw apart?
 HELD_OUT = (("red", "triangle"), ("orange", "bar"), ("yellow", "circle"), ("green", "cross"), ("blue", "ring"),
@@ -40,8 +47,9 @@ def scene(seed, held_out=False, size=32):
     relation = None
     if rng.random() < TWO_OBJECTS:
         relation = pick(rng, tuple(RELATIONS))
-        while not fit_together(objects[0], second := draw_object(rng, held_out)):
-            pass
+        first, second = objects[0], objects[0]
+        while first["color"] == second["color"] or first["size"] == second["size"] == "large":  # no room for those
+            second = draw_object(rng, held_out)
         objects.append(second)
     background = pick(rng, [b for b in BACKGROUNDS if b not in {o["color"] for o in objects}])
     centers = place(rng, [SIZES[o["size"]] for o in objects], relation)
@@ -63,11 +71,6 @@ def draw_object(rng, held_out):
     return {"size": pick(rng, tuple(SIZES)), "color": color, "shape": shape}
 
 
-def fit_together(a, b):
-    """Return whether two objects make a scene: their colours differ, and two large ones would leave no room."""
-    return a["color"] != b["color"] and "small" in (a["size"], b["size"])
-
-
 def place(rng, radii, relation):
     """Return centres in [0, 1]^2, uniform over the places where the objects fit and a relation is plain."""
     while True:
@@ -81,26 +84,11 @@ def place(rng, radii, relation):
             return centers
 
 
-def inside(shape, u, v):
-    """Return where the shape is, for coordinates in which it spans [-1, 1] (v points down)."""
-    if shape == "circle":
-        return u * u + v * v <= 1
-    if shape == "square":
-        return np.maximum(abs(u), abs(v)) <= 0.9
-    if shape == "triangle":
-        return (v <= 0.9) & (abs(u) <= (v + 1) / 1.9)
-    if shape == "bar":
-        return (abs(u) <= 1) & (abs(v) <= 0.45)
-    if shape == "cross":
-        return (np.minimum(abs(u), abs(v)) <= 0.3) & (np.maximum(abs(u), abs(v)) <= 1)
-    return (u * u + v * v <= 1) & (u * u + v * v >= 0.3)  # ring
-
-
 def coverage(shape, radius, center, size):
     """Return how much of each pixel the shape covers, (size, size) in [0, 1]; radius and center are in pixels."""
     axis = (np.arange(size * SUPERSAMPLE) + 0.5) / SUPERSAMPLE
     u, v = (axis - center[0])[None, :] / radius, (axis - center[1])[:, None] / radius
-    hit = inside(shape, u, v).reshape(size, SUPERSAMPLE, size, SUPERSAMPLE)
+    hit = INSIDE[shape](u, v).reshape(size, SUPERSAMPLE, size, SUPERSAMPLE)
     return hit.mean((1, 3))
 
 
@@ -255,14 +243,12 @@ def score(images, wanted):
 
 def best_matches(seen, want):
     """Count the right attributes, in the pairing of objects that has most of them."""
-    if len(seen) != len(want):
-        return {}
-    counts = []
-    for order in (seen, seen[::-1]):
-        equal = [{name: a[name] == b[name] for name in ("color", "size", "shape")} for a, b in zip(order, want)]
-        count = {name: sum(e[name] for e in equal) for name in ("color", "size", "shape")}
-        counts.append(count | {"color+shape": sum(e["color"] and e["shape"] for e in equal)})
-    return max(counts, key=lambda count: sum(count.values()))
+    counts = [Counter()]
+    for order in (seen, seen[::-1]) if len(seen) == len(want) else ():
+        right = [[name for name in ("color", "size", "shape") if a[name] == b[name]] for a, b in zip(order, want)]
+        counts.append(Counter(name for names in right for name in names))
+        counts[-1]["color+shape"] = sum({"color", "shape"} <= {*names} for names in right)
+    return max(counts, key=Counter.total)
 
 
 def same_relation(seen, want):

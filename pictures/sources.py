@@ -12,7 +12,6 @@ import json
 import os
 import tarfile
 import zipfile
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
@@ -46,7 +45,7 @@ def find_parts(source, piece, root=""):
         folder, files = paths[0], sorted(p for p in paths[0].iterdir() if p.is_file())
         paths = [p for p in files if p.name.lower().endswith(ARCHIVES)]
         if paths and any(is_picture(p.name) for p in files):
-            raise ValueError(f"{source} holds pictures and archives ({paths[0].name}): give the archives as a pattern, "
+            raise ValueError(f"{source} holds pictures and archives: give the archives as a pattern, "
                              f"'{source}/*{paths[0].suffix}', or the pictures a folder of their own")
         if not paths:
             pictures = [(str(p.relative_to(folder)), p) for p in sorted(pictures_below(folder))]
@@ -60,12 +59,12 @@ def find_parts(source, piece, root=""):
         raise ValueError(f"no source {source}: give 'shapes', a folder of pictures, {', '.join(ARCHIVES)} files (path, "
                          f"folder or glob pattern), or a list of pictures ({', '.join(TABLES)})")
     above = os.path.commonpath([p.absolute().parent for p in paths])
-    return [archive_part(p, str(p.absolute().relative_to(above))) for p in paths]
-
-
-def archive_part(path, label):
-    samples = zip_samples if path.suffix.lower() == ".zip" else tar_samples
-    return Part((label,), path.stat().st_size, functools.partial(samples, path, label))
+    parts = []
+    for path in paths:
+        label = str(path.absolute().relative_to(above))
+        samples = zip_samples if path.suffix.lower() == ".zip" else tar_samples
+        parts.append(Part((label,), path.stat().st_size, functools.partial(samples, path, label)))
+    return parts
 
 
 def drawn_parts(seeds, size, piece):
@@ -131,45 +130,30 @@ def pieces(entries, piece, sample):
 
 
 def file_sample(name, path):
-    if not path.is_file():  # a link to nowhere, a pipe
-        return name, Lost("not a file"), None
-    if path.with_suffix(".txt").is_file():
-        return name, path, path.with_suffix(".txt").read_text(encoding="utf-8", errors="replace").strip()
-    if path.with_suffix(".json").is_file():
-        return name, path, json_caption(path.with_suffix(".json").read_bytes())
-    return name, path, None
+    texts = (path.with_suffix(".txt"), path.with_suffix(".json"))
+    caption = caption_among({text.name: text.read_bytes() for text in texts if text.is_file()}, path.stem)
+    return name, path if path.is_file() else Lost("not a file"), caption  # it may be a pipe, or a link to nowhere
 
 
 def read_manifest(path, root):
-    """Read [(picture name, its path, caption)] of a list of pictures whose names start from `root`.
-
-    A picture that is listed several times has the first of its captions.
-    """
-    root = Path(root or path.parent)
+    """Read [(picture name, its path, the first of its captions)] of a list of pictures with names below `root`."""
     try:
         rows = records(path.name, path.read_bytes())
     except Exception as error:
         raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error})") from None
     if not any(names for names, _ in rows):
         raise ValueError(f"{path} names no pictures: see captions.py for the layouts that are understood")
-    entries = {}
-    for i, (names, caption) in enumerate(rows):
-        name = names[0] if names else f"record {i + 1}"
-        if name not in entries or not entries[name][1]:
-            entries[name] = root / name if names else None, caption
-    return [(name, path, caption) for name, (path, caption) in entries.items()]
+    captions = {}
+    for number, (names, caption) in enumerate(rows, 1):
+        name = names[0] if names else f"record {number}"  # which will be listed as a file that is not there
+        captions[name] = captions.get(name) or caption
+    return [(name, Path(root or path.parent, name), caption) for name, caption in captions.items()]
 
 
 def manifest_sample(name, path, caption):
-    if path is None:
-        return name, Lost("the record names no picture"), caption
-    try:
-        for candidate in (path, *(path.with_name(path.name + ending) for ending in PICTURES)):
-            if candidate.is_file():
-                return name, candidate, caption
-    except (OSError, ValueError) as error:  # a name that no file can have
-        return name, Lost(f"no such file: {error}"), caption
-    return name, Lost(f"no such file: {path}"), caption
+    candidates = (path, *(Path(f"{path}{ending}") for ending in PICTURES))
+    file = next(filter(os.path.isfile, candidates), None)  # which, unlike Path.is_file, takes any name
+    return name, file or Lost(f"no such file: {path}"), caption
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -186,10 +170,8 @@ class Header(tarfile.TarInfo):
             tar.zeros = getattr(tar, "zeros", 0) + tarfile.BLOCKSIZE
             raise
         except tarfile.EmptyHeaderError:
-            if not getattr(tar, "zeros", 0):
-                raise tarfile.ReadError("no end marker") from None
-            if tar.zeros > MOST_ZEROS:
-                raise tarfile.ReadError(f"its last {tar.zeros:,} bytes are zeros: an incomplete download?") from None
+            if not 0 < getattr(tar, "zeros", 0) <= MOST_ZEROS:
+                raise tarfile.ReadError("no zeros at its end, or too many: an incomplete download?") from None
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(str(error)) from None
@@ -199,27 +181,26 @@ class Header(tarfile.TarInfo):
 
 def tar_samples(path, label, wanted):
     """Yield the samples of a WebDataset tar: consecutive files whose names agree up to the first dot."""
-    position, files, again = 0, {}, {}
+    position, files = 0, {}
     try:
         with tarfile.open(path, tarinfo=Header, ignore_zeros=True) as tar:
             members = (m for m in tar if not m.isdir() and (m.isfile() or is_picture(m.name)))
             for _, group in groupby(members, lambda m: sample_key(m.name)):
-                read, files, again = wanted(position), {}, {}
+                read, files = wanted(position), {}
                 for member in group:  # in order and only once: a compressed tar cannot go back
                     tar.members = []  # tarfile would keep every header
-                    if member.name in files:
-                        again[member.name] = lost(label, f"{member.name} is there twice, the first is used")
-                        continue
-                    files[member.name] = Lost("cut off" if member.isfile() else "a link, which is not followed")
-                    if member.isfile():
+                    if member.name in files or not member.isfile():
+                        files[member.name] = Lost("a link, or there twice")
+                    else:
+                        files[member.name] = Lost("cut off")  # if the next line fails
                         files[member.name] = tar.extractfile(member).read() if read else b""
                 if any(map(is_picture, files)):
-                    yield [*sample(label, files), *again.values()] if read else None
+                    yield sample(label, files) if read else None
                     position += 1
                 files = {}
     except Exception as error:  # tarfile, gzip, bz2, lzma and zlib raise errors of their own
         if any(map(is_picture, files)):
-            yield [*sample(label, files), *again.values()]
+            yield sample(label, files)
         yield [lost(label, f"the archive breaks off here: {error}")]
 
 
@@ -227,21 +208,17 @@ def zip_samples(path, label, wanted):
     """Yield the samples of a zip by name. A .json that belongs to no picture (DiffusionDB's) gives captions to all."""
     try:
         with zipfile.ZipFile(path) as archive:
-            copies = Counter(name for name in archive.namelist() if not name.endswith("/"))
-            names = sorted(copies, key=lambda name: (sample_key(name), name))
-            files_of = Counter(map(sample_key, names))
+            files = (name for name in archive.namelist() if not name.endswith("/"))
+            files = sorted(files, key=lambda name: (sample_key(name), name))
+            groups = [list(group) for _, group in groupby(files, sample_key)]
             captions, position = {}, 0
-            bad = [lost(label, f"{n} is there {k} times, the last is used") for n, k in copies.items() if k > 1]
-            for name in (n for n in names if n.lower().endswith(".json") and files_of[sample_key(n)] == 1):
+            for name in (group[0] for group in groups if len(group) == 1 and group[0].lower().endswith(".json")):
                 try:
                     captions |= captions_by_name(name, archive.read(name))
                 except Exception as error:
-                    bad.append(lost(label, f"{name} cannot be read: {error}"))
-            if bad:
-                yield bad
-                position += 1
-            for _, group in groupby(names, sample_key):
-                group = list(group)
+                    yield [lost(label, f"{name} cannot be read: {error}")]
+                    position += 1
+            for group in groups:
                 if any(map(is_picture, group)):
                     yield zip_sample(label, archive, group, captions) if wanted(position) else None
                     position += 1
@@ -250,14 +227,14 @@ def zip_samples(path, label, wanted):
 
 
 def zip_sample(label, archive, names, captions):
-    files, bad = {}, []
+    files = {}
     for name in names:
         try:
-            files[name] = archive.read(name)
+            files[name] = Lost("there twice") if name in files else archive.read(name)
         except Exception as error:  # zlib, bz2 and lzma raise their own errors
-            bad.append(lost(label, f"{name} cannot be read: {error}"))
-    return bad + [(name, picture, look_up(captions.get, name) if caption is None else caption)
-                  for name, picture, caption in sample(label, files)]
+            files[name] = Lost(f"cannot be read: {error}")
+    return [(name, picture, look_up(captions.get, name) if caption is None else caption)
+            for name, picture, caption in sample(label, files)]
 
 
 def lost(label, reason):
@@ -294,11 +271,7 @@ def caption_among(files, stem):
               if name.startswith(stem) and isinstance(data, bytes)}
     if ".txt" in beside:
         return beside[".txt"].decode("utf-8", "replace").strip()
-    return json_caption(beside[".json"]) if ".json" in beside else None
-
-
-def json_caption(data):
     try:
-        return json.loads(data)["caption"]
+        return json.loads(beside[".json"])["caption"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        return None  # a .json without a caption is not a caption
+        return None  # there is no .json, or it is none of captions

@@ -24,12 +24,8 @@ def used_merges(module, tokenizer, ranks, text):
         while pairs := [p for p in zip(word, word[1:]) if p in ranks]:
             best = min(pairs, key=ranks.get)
             used.add(best)
-            merged = []
-            while word:
-                n = 2 if tuple(word[:2]) == best else 1
-                merged.append("".join(word[:n]))
-                word = word[n:]
-            word = merged
+            at = list(zip(word, word[1:])).index(best)  # the others of its kind follow in the next rounds
+            word[at:at + 2] = ["".join(best)]
     return used
 
 

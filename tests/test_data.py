@@ -1,9 +1,9 @@
 """prepare_latents.py and dataset.py: from pictures and captions to memmaps and back."""
-
 import errno
 import json
 import os
 import shutil
+from itertools import cycle
 
 import hypothesis
 import numpy as np
@@ -13,7 +13,7 @@ from conftest import launch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from test_sources import PNG, encoded, noise, pair, run_here, tar_bytes, write
+from test_sources import PNG, encoded, noise, pair, prepare, tar_bytes, write
 
 import encoders
 from common import files
@@ -24,14 +24,9 @@ from training.dataset import Dataset, dequantize, quantize
 DRAWN = ("--limit=50", "--shard_size=20", "--resolutions", 16, 32)
 
 
-@pytest.fixture
-def prepare(monkeypatch):
-    return lambda *args: run_here(monkeypatch, *args)
-
-
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    """50 pictures of the drawn set in three shards, prepared by a process of its own"""
+    """50 pictures of the drawn set in three shards"""
     folder = tmp_path_factory.mktemp("drawn") / "d"
     assert "50 rows in 3 shards" in launch("prepare_latents.py", "--out", folder, *DRAWN)
     return folder
@@ -47,47 +42,42 @@ def pixels(row, scaling_factor):
     return ((images + 1) * 127.5).permute(1, 2, 0).numpy()
 
 
-def skipped(folder):
-    return [tuple(json.loads(line).values()) for line in open(folder / "skipped.jsonl", encoding="utf-8")]
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-# --- preparation -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("resolution", [16, 32])
-def test_round_trip_of_the_drawn_set(drawn, resolution):
-    data, text_encoder, ids = Dataset(drawn, resolution // 2), encoders.load_text_encoder("words"), [49, 0, 20, 19]
-    captions = data.texts(range(len(data)))
-    latents, embeddings = data.rows(ids)
-    assert len(data) == 50 and latents.dtype == embeddings.dtype == np.float16
+def test_round_trip_of_the_drawn_set(drawn):
+    text_encoder, ids = encoders.load_text_encoder("words"), [49, 0, 20, 19]
+    for resolution in (16, 32):
+        data = Dataset(drawn, resolution // 2)
+        captions, (latents, embeddings) = data.texts(range(50)), data.rows(ids)
+        assert len(data) == 50 and latents.dtype == embeddings.dtype == np.float16
+        assert 0.75 < data.rows(range(50))[0].astype(np.float32).std() < 1.05  # near sigma_data
     for i, latent, embedding in zip(ids, latents, embeddings):
         image, caption, _ = shapes.scene(i)
         assert captions[i] == caption
         np.testing.assert_allclose(embedding, text_encoder([caption])[0], atol=2e-3)
-        if resolution == 32:
-            factor = data.info["vae"]["scaling_factor"]
-            np.testing.assert_allclose(pixels(latent, factor), np.asarray(image), atol=0.2)
+        np.testing.assert_allclose(pixels(latent, data.info["vae"]["scaling_factor"]), np.asarray(image), atol=0.2)
     assert set(data.info["words"]) == {w for c in captions for w in encoders.words_of(c)}
-    assert 0.75 < data.rows(range(50))[0].astype(np.float32).std() < 1.05  # near sigma_data
 
 
-def interrupted(folder):
-    """The folder as if killed while it wrote the third shard (tests/test_kills.py really kills it)"""
+def interrupted(prepared, folder, finished):
+    """A copy of the folder as if killed after so many shards (tests/test_kills.py really kills it)"""
+    shutil.copytree(prepared, folder)
     info = json.loads((folder / "dataset.json").read_text())
     (folder / "dataset.json").write_text(json.dumps(info | {"complete": False, "shards": [], "rows": 0}))
-    for i in range(2):
-        texts = [shapes.scene(j)[1] for j in range(20 * i, 20 * i + 20)]
-        record = {"part": i, "shard": 0, "last": True, "rows": 20, "samples": 20, "skipped": {}, "captions_cut": 0}
-        record["words"] = sorted({w for text in texts for w in encoders.words_of(text)})
-        (folder / f"0000{i}.done.json").write_text(json.dumps(record))
+    for i in range(finished):
+        texts = [row["caption"] for row in lines_of(folder / f"0000{i}.rows.jsonl")]
+        words = sorted({w for text in texts for w in encoders.words_of(text)})
+        record = {"part": i, "shard": 0, "last": True, "rows": len(texts), "samples": len(texts), "skipped": {}}
+        (folder / f"0000{i}.done.json").write_text(json.dumps(record | {"captions_cut": 0, "words": words}))
         (folder / f"0000{i}.skipped.jsonl").touch()
-    (folder / "00002.captions.npy").write_bytes(b"cut")
 
 
-def test_started_again_it_goes_on_and_gives_the_same_bytes(prepare, drawn, tmp_path, capsys):
+def test_started_again_it_goes_on_and_gives_the_same_bytes(drawn, tmp_path, capsys):
     whole, out = contents(drawn), tmp_path / "part"
-    shutil.copytree(drawn, out)
-    interrupted(out)
+    interrupted(drawn, out, 2)
+    (out / "00002.captions.npy").write_bytes(b"cut")
     with pytest.raises(ValueError, match="only partly prepared"):
         Dataset(out, 8)
     before = (out / "00001.captions.npy").stat().st_mtime_ns
@@ -103,22 +93,14 @@ def test_started_again_it_goes_on_and_gives_the_same_bytes(prepare, drawn, tmp_p
     assert Dataset(out, 8).texts([0]) == [shapes.scene(9)[1]] and (out / "00000.tar").is_file()
 
 
-def test_all_shards_written_and_only_the_end_missing(prepare, drawn, tmp_path):
-    """Two processes are started for what none has to do: the second must not begin again what the first tidies up"""
-    out = tmp_path / "part"
-    shutil.copytree(drawn, out)
-    interrupted(out)
-    shutil.copy(drawn / "00002.captions.npy", out)
-    record = json.loads((out / "00001.done.json").read_text()) | {"part": 2, "rows": 10, "samples": 10}
-    (out / "00002.done.json").write_text(json.dumps(record))
-    (out / "00002.skipped.jsonl").touch()
-    launch("prepare_latents.py", *DRAWN, "--out", out, processes=2)
-    assert contents(out).keys() == contents(drawn).keys() and len(Dataset(out, 8)) == 50
+def test_two_processes_with_all_shards_written_and_only_the_end_missing(drawn, tmp_path):
+    interrupted(drawn, tmp_path / "part", 3)  # the second process must not begin again what the first tidies up
+    launch("prepare_latents.py", *DRAWN, "--out", tmp_path / "part", processes=2)
+    assert contents(tmp_path / "part") == contents(drawn)
 
 
 def test_a_folder_with_good_and_bad_pictures(script, tmp_path):
-    source = tmp_path / "photos"
-    tall = noise(7, (32, 90))
+    source, tall = tmp_path / "photos", noise(7, (32, 90))
     good = {"deep/plain.webp": encoded(noise(6), "WEBP"), "tall.bmp": encoded(tall, "BMP"), "a.png": PNG}
     bad = {"cut.png": PNG[:1000], "small.png": encoded(noise(2, (31, 60)))}
     write(source, good | bad | {"silent.png": PNG, "notes.md": b"x"})
@@ -129,27 +111,26 @@ def test_a_folder_with_good_and_bad_pictures(script, tmp_path):
     data = Dataset(tmp_path / "d", 16)
     captions = data.texts(range(len(data)))
     assert sorted(captions) == sorted(f"caption of {name}" for name in good)
-    reasons = dict(skipped(tmp_path / "d"))
+    reasons = {line["source"]: line["reason"] for line in lines_of(tmp_path / "d/skipped.jsonl")}
     assert reasons.keys() == {*bad, "silent.png"} and "31 x 60" in reasons["small.png"]
     row = data.rows([captions.index("caption of tall.bmp")])[0][0]
     expected = np.asarray(tall.crop((0, 29, 32, 61)))
     np.testing.assert_allclose(pixels(row, data.info["vae"]["scaling_factor"]), expected, atol=0.3)
-    rows = [json.loads(line) for line in open(tmp_path / "d/00000.rows.jsonl")]
-    sizes = {("deep/plain.webp", 40, 36), ("tall.bmp", 32, 90), ("a.png", 40, 36)}
-    assert {(row["source"], row["width"], row["height"]) for row in rows} == sizes
+    sizes = {row["source"]: (row["width"], row["height"]) for row in lines_of(tmp_path / "d/00000.rows.jsonl")}
+    assert sizes == {"deep/plain.webp": (40, 36), "tall.bmp": (32, 90), "a.png": (40, 36)}
 
 
-def test_shards_do_not_depend_on_the_processes_even_where_an_archive_breaks_off(script, prepare, tmp_path):
+def test_shards_do_not_depend_on_the_processes_even_where_an_archive_breaks_off(script, tmp_path):
     whole = tar_bytes([member for i in range(10) for member in pair(f"{i}")])
     (tmp_path / "cut.tar").write_bytes(whole[: whole.index(b"7.png") + 700])
     args = ("--source", tmp_path / "cut.tar", "--shard_size=4", "--out")
     prepare(*args, tmp_path / "one")
     script("prepare_latents.py", *args, tmp_path / "two", processes=2)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
-    assert [reason[:7] for _, reason in skipped(tmp_path / "one")] == ["cut off", "the arc"]
+    assert [line["reason"][:7] for line in lines_of(tmp_path / "one/skipped.jsonl")] == ["cut off", "the arc"]
 
 
-def test_a_pictures_draw_from_its_posterior_depends_on_its_name_alone(prepare, tmp_path):
+def test_a_pictures_draw_from_its_posterior_depends_on_its_name_alone(tmp_path):
     config = {"block_out_channels": [32], "latent_channels": 4, "scaling_factor": 1.0}
     write(tmp_path, {"vae/config.json": json.dumps(config).encode()})
     torch.manual_seed(0)
@@ -170,8 +151,8 @@ def test_a_pictures_draw_from_its_posterior_depends_on_its_name_alone(prepare, t
     (["--resolutions=31"], "not a multiple of 2"), (["--shard_size=0"], "shard_size is 0"),
     (["--limit=-1"], "limit is -1"), (["--caption_dtype=float8"], "caption_dtype is 'float8'"),
     (["--device=abacus"], "this machine has"), (["--source={tmp}/d"], "out is the source"),
-])  # fmt: skip
-def test_bad_arguments(prepare, tmp_path, args, words):
+])
+def test_bad_arguments(tmp_path, args, words):
     (tmp_path / "empty").mkdir()
     write(tmp_path, {"bad/a.png": b"x"})
     with pytest.raises(SystemExit, match=words):
@@ -179,7 +160,7 @@ def test_bad_arguments(prepare, tmp_path, args, words):
     assert "skipped.jsonl" in words or not (tmp_path / "d").exists()
 
 
-def test_a_source_that_changes_on_the_way_is_refused(prepare, tmp_path):
+def test_a_source_that_changes_on_the_way_is_refused(tmp_path):
     source, out = tmp_path / "in", tmp_path / "out"
     write(source, {"0.png": PNG})
     with pytest.raises(SystemExit, match="1 x no caption"):
@@ -194,10 +175,7 @@ def test_a_source_that_changes_on_the_way_is_refused(prepare, tmp_path):
         prepare("--source", source, "--out", out)
 
 
-# --- damage ----------------------------------------------------------------------------------------------------------
-
-
-def test_disk_full_while_writing_a_shard_keeps_what_was_there(prepare, small_disk):
+def test_disk_full_while_writing_a_shard_keeps_what_was_there(small_disk):
     disk = small_disk(2)
     args = ("--out", disk / "d", "--limit=400", "--shard_size=50", "--resolutions=32")
     with pytest.raises(SystemExit, match="would need about 0.004 GB.*--caption_dtype int8"):
@@ -227,41 +205,32 @@ def test_write_atomic_leaves_the_old_file(tmp_path, code):
 
 
 def test_damaged_or_missing_parts_are_named(drawn, tmp_path):
-    out = tmp_path / "d"
+    out, captions = tmp_path / "d", tmp_path / "d/00000.captions.npy"
     shutil.copytree(drawn, out)
-    with pytest.raises(ValueError, match="no prepared data in .*nothing.*prepare_latents.py"):
-        Dataset(tmp_path / "nothing", 8)
-    with pytest.raises(ValueError, match="latents of size 8 \\(16 px\\), 16 \\(32 px\\), not 4.*--resolutions 8"):
-        Dataset(out, 4)
-    captions, latents = out / "00000.captions.npy", out / "00000.latents16.npy"
-    good = captions.read_bytes()
-    for damage in (good[:-1], good[:50], b""):
-        captions.write_bytes(damage)
-        with pytest.raises(ValueError, match="00000.captions.npy is missing or cut short"):
-            Dataset(out, 8)
-    np.save(captions, np.zeros((19, 16, 128), np.float16))
-    with pytest.raises(ValueError, match="dataset.json says float16 \\(20, 16, 128\\)"):
-        Dataset(out, 8)
-    captions.write_bytes(good)
-    data = Dataset(out, 8)
+    good, data = captions.read_bytes(), Dataset(out, 8)
+    np.save(tmp_path / "other.npy", np.zeros((19, 16, 128), np.float16))
     os.truncate(captions, 5000)  # after it was opened
     with pytest.raises(ValueError, match="captions.npy is cut short: row 8"):
         data.rows([8])
-    captions.write_bytes(good)
-    latents.unlink()
+    cut = "00000.captions.npy is missing or cut short"
+    for damage, size, message in (
+            (good[:-1], 8, cut), (good[:50], 8, cut), (b"", 8, cut),
+            ((tmp_path / "other.npy").read_bytes(), 8, "dataset.json says float16 \\(20, 16, 128\\)"),
+            (good, 4, "latents of size 8 \\(16 px\\), 16 \\(32 px\\), not 4.*--resolutions 8")):
+        captions.write_bytes(damage)
+        with pytest.raises(ValueError, match=message):
+            Dataset(out, size)
+    (out / "00000.latents16.npy").unlink()
     with pytest.raises(ValueError, match="00000.latents16.npy is missing"):
         Dataset(out, 8)
     (out / "dataset.json").write_text('{"format": ')
-    with pytest.raises(ValueError, match="not readable JSON"):
-        Dataset(out, 8)
-
-
-# --- the stand-in encoders -------------------------------------------------------------------------------------------
+    for folder, message in ((out, "not readable JSON"), (tmp_path / "no", "no prepared data in .*prepare_latents.py")):
+        with pytest.raises(ValueError, match=message):
+            Dataset(folder, 8)
 
 
 def test_pixels_is_lossless():
-    vae = encoders.load_vae("pixels")
-    images = torch.rand(2, 3, 8, 12) * 2 - 1
+    vae, images = encoders.load_vae("pixels"), torch.rand(2, 3, 8, 12) * 2 - 1
     mean, logvar = vae.posterior(images)
     assert mean.shape == logvar.shape == (2, 12, 4, 6)
     torch.testing.assert_close(vae.encode(images), mean * vae.scaling_factor)
@@ -281,23 +250,14 @@ def test_words_are_fixed_vectors_with_positions():
     assert encode(["w " * 40])[0].abs().sum(-1).gt(0).all()
 
 
-# --- 8-bit captions --------------------------------------------------------------------------------------------------
-
-
-def test_captions_in_8_bits(prepare, drawn, tmp_path):
-    args = (*DRAWN, "--out", tmp_path / "int8")
-    prepare(*args, "--caption_dtype=int8")
-    half, int8, ids = Dataset(drawn, 8), Dataset(tmp_path / "int8", 8), [39, 0, 15, 16, 17]
-    (a, x), (b, y) = half.rows(ids), int8.rows(ids)
+def test_captions_in_8_bits(drawn, tmp_path):
+    prepare(*DRAWN, "--out", tmp_path / "int8", "--caption_dtype=int8")
+    (a, x), (b, y) = (Dataset(folder, 8).rows([39, 0, 15, 16, 17]) for folder in (drawn, tmp_path / "int8"))
     np.testing.assert_array_equal(a, b)
-    error = np.abs(y - x.astype(np.float32))
-    assert 0 < error.max() <= np.abs(x).max() / 127 * 0.51
-    assert np.sqrt((error**2).mean()) < 0.006 * x.astype(float).std()
-    sizes = [sum(path.stat().st_size for pattern in ("*captions.npy", "*scales.npy") for path in folder.glob(pattern))
-             for folder in (tmp_path / "int8", drawn)]  # fmt: skip
-    assert sizes[0] < 0.55 * sizes[1]
-    with pytest.raises(SystemExit, match="caption_dtype: 'int8' there, 'float16' now"):
-        prepare(*args)
+    assert 0 < np.abs(y - x.astype(np.float32)).max() <= np.abs(x).max() / 127 * 0.51
+    small, large = (sum(path.stat().st_size for path in folder.glob("*.npy") if "latents" not in path.name)
+                    for folder in (tmp_path / "int8", drawn))
+    assert small < 0.55 * large
     (tmp_path / "int8/00000.scales.npy").unlink()
     with pytest.raises(ValueError, match="scales.npy is missing"):
         Dataset(tmp_path / "int8", 8)
@@ -315,36 +275,27 @@ def test_quantization_is_within_half_a_step(n, dim, exponent, seed):
     assert (np.abs(y - x) <= 0.58 * steps + 1e-7).all()  # half a step, and the rounding of the scale itself
 
 
-# --- several folders as one set --------------------------------------------------------------------------------------
-
-
-def test_several_folders_are_one_set(prepare, tmp_path):
+def test_several_folders_are_one_set(tmp_path):
     for name, args in (("a", ("--limit=23",)), ("b", ("--limit=17", "--first_seed=500")),
-                       ("c", ("--limit=9", "--caption_dtype=int8"))):  # fmt: skip
+                       ("c", ("--limit=9", "--caption_dtype=int8"))):
         prepare("--out", tmp_path / name, *args, "--resolutions=16", "--shard_size=10")
     a, b = Dataset(tmp_path / "a", 8), Dataset(tmp_path / "b", 8)
     for path in (tmp_path / "b").glob("*.rows.jsonl"):
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        for i, row in enumerate(rows):
-            row["width"], row["height"] = ((600, 512), (2000, 511), (511, 2000))[i % 3]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        sizes = cycle([{"width": 600, "height": 512}, {"width": 2000, "height": 511}, {"width": 511, "height": 2000}])
+        path.write_text("".join(json.dumps(row | size) + "\n" for row, size in zip(lines_of(path), sizes)))
     both = Dataset([tmp_path / "a", f"{tmp_path / 'b'}@512"], 8)
     kept = [i for i in range(17) if (i % 10) % 3 == 0]
     assert len(both) == 23 + len(kept) and both.texts([22, 0]) == a.texts([22, 0])
     order = np.random.default_rng(0).permutation(len(both))
-    latents, captions = both.rows(order)
-    texts = both.texts(order)
-    for i, row in enumerate(order):
+    for row, latent, caption, text in zip(order, *both.rows(order), both.texts(order)):
         source, local = (a, row) if row < 23 else (b, kept[row - 23])
         expected = source.rows([local])
-        np.testing.assert_array_equal(latents[i], expected[0][0])
-        np.testing.assert_array_equal(captions[i], expected[1][0])
-        assert texts[i] == source.texts([local])[0]
-    rows, held = both.split(4)
-    everything = [*rows[np.arange(len(rows))], *held[np.arange(len(held))]]
-    assert sorted(everything) == list(range(len(both)))
-    assert any(i < 23 for i in held[np.arange(len(held))]) and any(i >= 23 for i in held[np.arange(len(held))])
+        np.testing.assert_array_equal(latent, expected[0][0])
+        np.testing.assert_array_equal(caption, expected[1][0])
+        assert text == source.texts([local])[0]
+    rows, held = ([*part[np.arange(len(part))]] for part in both.split(4))
+    assert sorted(rows + held) == list(range(len(both))) and min(held) < 23 <= max(held)
     for folders, message in (([tmp_path / "a", f"{tmp_path / 'b'}@3000"], "b@3000 has no rows with a short side"),
-                             ([tmp_path / "a", tmp_path / "c"], "differ in caption_dtype")):  # fmt: skip
+                             ([tmp_path / "a", tmp_path / "c"], "differ in caption_dtype")):
         with pytest.raises(ValueError, match=message):
             Dataset(folders, 8)

@@ -1,5 +1,4 @@
 """docs/datasets.md: its commands, run on miniatures that have the published data sets' layout."""
-
 import json
 import re
 import shlex
@@ -7,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from test_sources import encoded, noise, run_here, tar_bytes, write, zip_bytes
+from test_sources import encoded, noise, prepare, tar_bytes, write, zip_bytes
 
 from training.dataset import Dataset
 
@@ -16,15 +15,15 @@ def picture(seed, kind="JPEG", **options):
     return encoded(noise(seed, **options), kind)
 
 
-def lines(records):
-    return "".join(json.dumps(record) + "\n" for record in records).encode()
+def encode(table):
+    return json.dumps(table).encode()
 
 
 def sa1b(root):
     """Tars with masks beside the pictures; the captions come from elsewhere, by picture name"""
-    masks = json.dumps({"image": {"image_id": 1, "width": 40}, "annotations": [{"area": 3, "bbox": [0, 0, 1, 1]}]})
+    masks = encode({"image": {"image_id": 1, "width": 40}, "annotations": [{"area": 3, "bbox": [0, 0, 1, 1]}]})
     for k, numbers in enumerate(((1, 2, 3), (11188, 11189))):
-        pairs = [[(f"./sa_{i}.jpg", picture(i)), (f"./sa_{i}.json", masks.encode())] for i in numbers]
+        pairs = [[(f"./sa_{i}.jpg", picture(i)), (f"./sa_{i}.json", masks)] for i in numbers]
         write(root, {f"sa1b/sa_{k:06d}.tar": tar_bytes(sum(pairs, []))})
     texts = [(f"sa_{i}.txt", f"The image shows {i} houses.\n".encode()) for i in (1, 2, 11188, 11189, 99)]
     write(root, {"sa1b/SA1B_caption.tar.gz": tar_bytes(texts, "w:gz")})
@@ -34,25 +33,23 @@ def sa1b(root):
 def cc12m(root):
     files = []
     for key, caption in (("000", "<PERSON> in Paris - Stock Photo"), ("001", "A red <b>boat</b> &amp; a dog!!!!")):
-        meta = {"url": "http://x/y.jpg", "caption": caption, "key": key, "status": "success", "error_message": None,
-                "width": 40, "height": 36, "original_width": 800, "original_height": 720, "exif": "{}"}  # fmt: skip
-        files += [(f"{key}.jpg", picture(1)), (f"{key}.txt", caption.encode())]
-        files += [(f"{key}.json", json.dumps(meta).encode())]
+        meta = {"url": "http://x/y.jpg", "caption": caption, "key": key, "status": "success", "width": 40, "exif": "{}"}
+        files += [(f"{key}.jpg", picture(1)), (f"{key}.txt", caption.encode()), (f"{key}.json", encode(meta))]
     small = [("002.jpg", picture(2, size=(40, 30))), ("002.txt", b"too small")]
     write(root, {"cc12m/00000.tar": tar_bytes(files), "cc12m/00001.tar": tar_bytes(small),
-                 "cc12m/00000.parquet": b"PAR1", "cc12m/00000_stats.json": b"{}"})  # fmt: skip
+                 "cc12m/00000.parquet": b"PAR1", "cc12m/00000_stats.json": b"{}"})
     return {"person in Paris", "A red boat & a dog!"}, {"too small": 1}
 
 
 def textcaps(root):
+    ids = [f"00{i}a6ef3c0bf4ed" for i in range(2)]
     files = [("train_images/", b""), ("train_images/ffff6ef3c0bf4ed0.jpg", picture(9))]
-    files += [(f"train_images/00{i}a6ef3c0bf4ed.jpg", picture(i)) for i in range(2)]
-    data = [{"caption_id": 5 * i + k, "caption_str": f"A sign says {i}{k}.", "image_id": f"00{i}a6ef3c0bf4ed",
-             "image_path": f"train/00{i}a6ef3c0bf4ed.jpg", "image_name": f"00{i}a6ef3c0bf4ed", "image_width": 40,
-             "set_name": "train", "flickr_original_url": "https://x", "reference_strs": ["."]}
-            for i in range(2) for k in range(5)]  # fmt: skip
-    text = json.dumps({"dataset_name": "textcaps", "dataset_version": "0.1", "data": data})
-    write(root, {"textcaps/train_val_images.zip": zip_bytes(files), "textcaps/TextCaps_0.1_train.json": text.encode()})
+    files += [(f"train_images/{name}.jpg", picture(i)) for i, name in enumerate(ids)]
+    data = [{"caption_id": k, "caption_str": f"A sign says {i}{k}.", "image_id": name, "image_name": name,
+             "image_path": f"train/{name}.jpg", "set_name": "train", "reference_strs": ["."]}
+            for i, name in enumerate(ids) for k in range(5)]
+    table = {"dataset_name": "textcaps", "dataset_version": "0.1", "data": data}
+    write(root, {"textcaps/train_val_images.zip": zip_bytes(files), "textcaps/TextCaps_0.1_train.json": encode(table)})
     return {"A sign says 00.", "A sign says 10."}, {"no caption": 1}
 
 
@@ -61,27 +58,26 @@ def journeydb(root):
     for k in range(2):
         names = [f"{k:03d}/{k}{i}b1c-bf7d.jpg" for i in range(2)]
         records += [{"img_path": f"./{name}", "prompt": f"castle {name[4:6]}, octane render --v 4", "Style": ["x"],
-                     "Task2": {"Caption": "A castle."}, "Task1": {"TaskPrompt": "y"}} for name in names]  # fmt: skip
+                     "Task2": {"Caption": "A castle."}, "Task1": {"TaskPrompt": "y"}} for name in names]
         tar = tar_bytes([(f"{k:03d}/", b""), *((name, picture(k)) for name in names)], "w:gz")
         write(root, {f"journeydb/data/train/imgs/{k:03d}.tgz": tar})
-    name = "train_anno_realease_repath.jsonl"
-    write(root, {f"journeydb/data/train/{name}.tgz": tar_bytes([(name, lines(records))], "w:gz")})
+    name, lines = "train_anno_realease_repath.jsonl", "".join(json.dumps(record) + "\n" for record in records)
+    write(root, {f"journeydb/data/train/{name}.tgz": tar_bytes([(name, lines.encode())], "w:gz")})
     return {f"castle {k}{i}, octane render --v 4" for k in range(2) for i in range(2)}, {}
 
 
 def diffusiondb(root):
     pa = pytest.importorskip("pyarrow")
     from pyarrow import parquet
-
     rows = []
     for folder, part in (("diffusiondb-large-part-1", 1), ("diffusiondb-large-part-2", 10001)):
         names = [f"{part}{i}-6e-4a.webp" for i in range(4)]
         prompts = {n: {"p": f"a fox by {n}, ", "se": 1, "c": 7.0, "st": 50, "sa": "k_lms"} for n in names}
-        files = [(f"part-{part:06d}.json", json.dumps(prompts).encode()), *((n, picture(1, "WEBP")) for n in names)]
+        files = [(f"part-{part:06d}.json", encode(prompts)), *((n, picture(1, "WEBP")) for n in names)]
         write(root, {f"diffusiondb/{folder}/part-{part:06d}.zip": zip_bytes(files)})
         scores = [(0.1, 0.2), (0.2, 0.1), (2.0, 0.0), (0.0, 0.3)]
         rows += [{"image_name": n, "prompt": "a fox", "part_id": part, "image_nsfw": a, "prompt_nsfw": b}
-                 for n, (a, b) in zip(names, scores)]  # fmt: skip
+                 for n, (a, b) in zip(names, scores)]
     parquet.write_table(pa.Table.from_pylist(rows), root / "diffusiondb/metadata-large.parquet")
     kept = [r["image_name"] for r in rows if max(r["image_nsfw"], r["prompt_nsfw"]) <= 0.2]
     return {f"a fox by {n}," for n in kept}, {"NSFW score above 0.2, or none": 4}
@@ -89,12 +85,12 @@ def diffusiondb(root):
 
 def coco(root):
     images = [{"id": i, "file_name": f"COCO_val2014_{i:012d}.jpg", "license": 3, "height": 36, "width": 40,
-               "coco_url": "http://x"} for i in (42, 73, 74)]  # fmt: skip
+               "coco_url": "http://x"} for i in (42, 73, 74)]
     annotations = [{"image_id": i, "id": 10 * k + i, "caption": f"Caption {k} of {i}."}
-                   for k in range(5) for i in (73, 42, 74)]  # fmt: skip
+                   for k in range(5) for i in (73, 42, 74)]
     table = {"info": {}, "images": images, "licenses": [], "annotations": annotations, "type": "captions"}
     write(root, {f"coco/val2014/{image['file_name']}": picture(image["id"]) for image in images[:2]})
-    write(root, {"coco/annotations/captions_val2014.json": json.dumps(table).encode()})
+    write(root, {"coco/annotations/captions_val2014.json": encode(table)})
     return {"Caption 0 of 42.", "Caption 0 of 73."}, {"no such file": 1}
 
 
@@ -107,7 +103,7 @@ def documented(section):
 
 
 SETS = {"SA-1B": sa1b, "CC12M": cc12m, "TextCaps": textcaps, "JourneyDB": journeydb, "DiffusionDB": diffusiondb,
-        "COCO val2014": coco}  # fmt: skip
+        "COCO val2014": coco}
 
 
 @pytest.mark.parametrize("section", SETS)
@@ -118,7 +114,7 @@ def test_documented_command(section, monkeypatch, tmp_path):
     assert words[words.index("--resolutions") + 1 : words.index("--resolutions") + 3] == ["256", "512"]
     # as documented, but for the number of processes, the models and the size of the pictures
     monkeypatch.chdir(tmp_path)
-    run_here(monkeypatch, *words[3:], "--resolutions=32", "--vae=pixels", "--text_encoder=words", "--device=cpu")
+    prepare(*words[3:], "--resolutions=32", "--vae=pixels", "--text_encoder=words", "--device=cpu")
     folder = tmp_path / words[words.index("--out") + 1]
     data = Dataset(folder, 16)
     rows = [json.loads(line) for path in sorted(folder.glob("*.rows.jsonl")) for line in open(path, encoding="utf-8")]
