@@ -73,7 +73,7 @@ def main():
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"{processes} x {device}, {pictures} JPEGs of {len(jpeg.getvalue()) / 1000:.0f} kB, 256 and 512 px\n{line}")
     rate = float(re.match(r"[\d,.]+", line)[0].replace(",", "")) / processes
-    if rate:  # printed as 0.0 where one picture takes longer than 20 seconds
+    if rate:  # printed as 0.00 where one picture takes longer than 200 seconds
         print(f"37 M pictures on 8 of these: {37e6 / (8 * rate) / 3600:,.0f} hours")
 
 
