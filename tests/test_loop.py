@@ -1,4 +1,5 @@
-"""A step of train.py's loop: one graph, no wait for the device, nothing at all if a gradient is not finite."""
+"""A step of train.py's loop: one graph, no wait for the device, nothing at all if a gradient is not finite; the parts
+that it calls."""
 
 import contextlib
 import math
@@ -12,19 +13,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
 import train
+from common.files import write_json
 from configurator import script_settings
 from training import checkpoint, state
 from training.batches import Batches, prefetched, to_device
-from training.dataset import Dataset, Rows
+from training.dataset import Dataset, Rows, write_shard
 from training.log import BINS, Losses, Meter, by_level, noise_bins
-from training.optimizer import Average, Muon, Optimizer
+from training.optimizer import Average, Muon, Optimizer, orthogonal
 from training.processes import Processes
 from training.report import MOST_SKIPPED, Report
 from training.state import State
 
 CPU = Processes(0, 1, torch.device("cpu"))
 TINY = model.MicroDiTConfig(latent_size=8, latent_channels=12, caption_dim=128, dim=32, depth=2, head_dim=8,
-                            mlp_multiple=8, mixer_depth=1, mixer_dim=16, num_experts=2)
+                            mlp_multiple=8, mixer_depth=1, mixer_dim=16, num_experts=2, moe_every=1)
 
 
 class Quiet:
@@ -44,10 +46,8 @@ class Quiet:
 class Ready:
     """Batches that were made beforehand"""
 
-    def __init__(self, shapes16, count):
-        made = Batches(Dataset(shapes16, 8), Rows([range(100)]), 4, 1, tokens=TINY.tokens, seed=0, p_mean=-0.6,
-                       p_std=1.2, caption_dropout=0.1)
-        self.batches = [made(i, 0) for i in range(count)]
+    def __init__(self, batches):
+        self.batches = batches
 
     def stream(self, keys, device):
         return (to_device(self.batches[step], device) for step, _ in keys)
@@ -56,14 +56,15 @@ class Ready:
 @pytest.fixture
 def run(monkeypatch, shapes16, tmp_path):
     """run(to, state=None, net=None, optimizer="adamw") trains to a step, one micro-batch of four pictures a step"""
-    ready = Ready(shapes16, 20)
+    made = Batches(Dataset(shapes16, 8), Rows([range(100)]), 4, 1, tokens=TINY.tokens, seed=0, p_mean=-0.6, p_std=1.2,
+                   caption_dropout=0.1)
+    ready = Ready([made(i, 0) for i in range(12)])
 
     def run(to, old=None, net=None, optimizer="adamw", **settings):
         values = {"batch_size": 4, "micro_batch_size": 4, "learning_rate": 1e-2, "max_steps": to, "log_every": 10 ** 6,
                   "schedule": "constant", "warmup_steps": 0, "mask_ratio": 0.75, "unmasked_steps": 0,
-                  "dtype": "float32",
-                  "checkpoint_every": 0, "eval_every": 0, "sample_every": 0, "keep_checkpoints": 1, "ema_decay": 0.9,
-                  "out": str(tmp_path / "run")}
+                  "dtype": "float32", "checkpoint_every": 0, "eval_every": 0, "sample_every": 0,
+                  "keep_checkpoints": 1, "ema_decay": 0.9, "out": str(tmp_path / "run")}
         for name, value in (values | {"optimizer": optimizer} | settings).items():
             monkeypatch.setattr(train, name, value)
         made = old or train.new_state(TINY, {}, CPU.device)
@@ -154,12 +155,15 @@ def test_one_graph_and_no_recompilation(run):
 
     made = run(1)
     net = torch.compile(made.net, backend=backend, fullgraph=True)
-    run(4, made, net)
+    run(3, made, net)
     assert len(graphs) == 1
-    run(8, made, net, mask_ratio=0.0)
+    run(6, made, net, mask_ratio=0.0)
     assert len(graphs) == 2  # the unmasked part has shapes of its own
-    run(12, made, net, unmasked_steps=2)
+    run(9, made, net, unmasked_steps=2)
     assert len(graphs) == 2
+    plain = run(9, run(6, run(3), mask_ratio=0.0), unmasked_steps=2)
+    for a, b in zip(made.net.parameters(), plain.net.parameters()):
+        torch.testing.assert_close(a, b)
 
 
 def test_activation_checkpointing_gives_the_same_gradients(run):
@@ -177,15 +181,48 @@ def test_activation_checkpointing_gives_the_same_gradients(run):
     assert grads[1][1] < 0.5 * grads[0][1]
 
 
-def test_muon_makes_its_state_once(monkeypatch):
-    p = torch.nn.Parameter(torch.ones(4, 4))
-    optimizer, made = Muon([p], 0.1), []
-    real = torch.zeros_like
-    monkeypatch.setattr(torch, "zeros_like", lambda t: made.append(t) or real(t))
-    for _ in range(3):
-        p.grad = torch.ones(4, 4)
-        optimizer.step()
-    assert len(made) == 1
+# --- Muon ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 24, 6), (1, 5, 30)])
+def test_updates_are_about_orthogonal(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    lengths = u.mT @ orthogonal(x) @ vh.mT  # in the singular vectors' coordinates: diagonal, near 1
+    diagonal = lengths.diagonal(dim1=1, dim2=2)
+    assert (diagonal > 0.5).all() and (diagonal < 1.35).all()
+    assert (lengths - torch.diag_embed(diagonal)).abs().max() < 0.05  # it may compute in bfloat16
+
+
+def test_muon_steps_as_the_librarys_and_makes_its_state_once(monkeypatch):
+    g, made, real = torch.Generator().manual_seed(0), [], torch.zeros_like
+    start = [torch.randn(shape, generator=g) for shape in ((16, 8), (8, 8), (16, 8))]
+    ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
+    library = torch.optim.Muon(theirs, 0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    optimizer = Muon(ours, 0.02, weight_decay=0.1)
+    for _ in range(4):
+        for a, b in zip(ours, theirs):
+            a.grad = torch.randn(a.shape, generator=g)
+            b.grad = a.grad.clone()
+        library.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "zeros_like", lambda t: made.append(t) or real(t))
+            optimizer.step()
+    assert len(made) == 3
+    for a, b, s in zip(ours, theirs, start):
+        assert (a - b).norm() < 0.02 * (b - s).norm()  # theirs is in bfloat16
+
+
+def test_experts_are_matrices_of_their_own():
+    g = torch.Generator().manual_seed(0)
+    stacked = torch.nn.Parameter(torch.randn(4, 6, 8, generator=g))
+    alone = [torch.nn.Parameter(w.detach().clone()) for w in stacked]
+    stacked.grad = torch.randn(4, 6, 8, generator=g)
+    for w, grad in zip(alone, stacked.grad):
+        w.grad = grad.clone()
+    Muon([stacked], 0.1).step()
+    Muon(alone, 0.1).step()
+    torch.testing.assert_close(stacked, torch.stack(alone))
 
 
 # --- schedules, batches, the meter -----------------------------------------------------------------------------------
@@ -292,13 +329,11 @@ def test_a_checkpoint_that_cannot_be_read_is_not_damaged(tmp_path, monkeypatch, 
 
 def test_four_hundred_shards_with_few_open_files(shapes16, tmp_path):
     resource = pytest.importorskip("resource")
-    from training.dataset import write_shard
     info = Dataset(shapes16, 8).info
     latents, captions = Dataset(shapes16, 8).rows(range(100))
     names = [f"{i:05d}" for i in range(100)]
     for i, name in enumerate(names):
         write_shard(tmp_path, name, {16: latents[i:i + 1]}, captions[i:i + 1], [{"caption": str(i)}])
-    from common.files import write_json
     write_json(tmp_path / "dataset.json", info | {"rows": 100, "shards": [{"name": n, "rows": 1} for n in names]})
     many = Dataset(tmp_path, 8)
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
