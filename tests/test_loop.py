@@ -5,6 +5,8 @@ import contextlib
 import math
 import os
 import stat
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -14,14 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import model
 import train
 from common.files import write_json
-from configurator import script_settings
 from training import checkpoint, state
 from training.batches import Batches, prefetched, to_device
 from training.dataset import Dataset, Rows, write_shard
 from training.log import BINS, Losses, Meter, by_level, noise_bins
 from training.optimizer import Average, Muon, Optimizer, orthogonal
 from training.processes import Processes
-from training.report import MOST_SKIPPED, Report
 from training.state import State
 
 CPU = Processes(0, 1, torch.device("cpu"))
@@ -29,56 +29,34 @@ TINY = model.MicroDiTConfig(latent_size=8, latent_channels=12, caption_dim=128, 
                             mlp_multiple=8, mixer_depth=1, mixer_dim=16, num_experts=2, moe_every=1)
 
 
-class Quiet:
-    """A report that says nothing"""
-
-    def __init__(self):
-        self.losses, self.meter = Losses(-0.6, 1.2, CPU), self
-
-    def restart(self, step):
-        pass
-
-    paused = contextlib.nullcontext
-
-    log_step = validate = draw = lambda self, *_: None
-
-
-class Ready:
-    """Batches that were made beforehand"""
-
-    def __init__(self, batches):
-        self.batches = batches
-
-    def stream(self, keys, device):
-        return (to_device(self.batches[step], device) for step, _ in keys)
-
-
 @pytest.fixture
-def run(monkeypatch, shapes16, tmp_path):
-    """run(to, state=None, net=None, optimizer="adamw") trains to a step, one micro-batch of four pictures a step"""
+def run(monkeypatch, shapes16):
+    """run(to, state=None, net=None, **settings) trains to a step, one micro-batch of four pictures a step"""
     made = Batches(Dataset(shapes16, 8), Rows([range(100)]), 4, 1, tokens=TINY.tokens, seed=0, p_mean=-0.6, p_std=1.2,
                    caption_dropout=0.1)
-    ready = Ready([made(i, 0) for i in range(12)])
+    batches = [made(i, 0) for i in range(12)]
+    ready = SimpleNamespace(stream=lambda keys, device: (to_device(batches[step], device) for step, _ in keys))
+    quiet = MagicMock(losses=Losses(-0.6, 1.2, CPU))
 
-    def run(to, old=None, net=None, optimizer="adamw", **settings):
-        values = {"batch_size": 4, "micro_batch_size": 4, "learning_rate": 1e-2, "max_steps": to, "log_every": 10 ** 6,
-                  "schedule": "constant", "warmup_steps": 0, "mask_ratio": 0.75, "unmasked_steps": 0,
-                  "dtype": "float32", "checkpoint_every": 0, "eval_every": 0, "sample_every": 0,
-                  "keep_checkpoints": 1, "ema_decay": 0.9, "out": str(tmp_path / "run")}
-        for name, value in (values | {"optimizer": optimizer} | settings).items():
+    def run(to, old=None, net=None, **settings):
+        values = {"batch_size": 4, "micro_batch_size": 4, "learning_rate": 1e-2, "max_steps": to, "ema_decay": 0.9,
+                  "schedule": "constant", "warmup_steps": 0, "dtype": "float32", "optimizer": "adamw",
+                  "mask_ratio": 0.75, "unmasked_steps": 0, "eval_every": 0, "sample_every": 0}
+        for name, value in (values | settings).items():
             monkeypatch.setattr(train, name, value)
         made = old or train.new_state(TINY, {}, CPU.device)
-        train.train(made, made.net if net is None else net, ready, Quiet(), CPU)
+        with monkeypatch.context() as patch:
+            patch.setattr(State, "save", MagicMock())
+            train.train(made, made.net if net is None else net, ready, quiet, CPU)
         return made
 
-    run.batches = ready.batches
+    run.batches = batches
     return run
 
 
 def everything(made):
-    tensors = [*made.net.parameters(), *made.average.net.parameters()]
-    return [t.clone() for t in tensors + [v for o, _ in made.optimizer.parts for s in o.state.values()
-                                          for v in s.values()]]
+    return [t.clone() for t in (*made.net.parameters(), *made.average.net.parameters(),
+                                *made.optimizer.tensors().values())]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -95,32 +73,16 @@ def test_a_step_without_finite_gradients_changes_nothing(run, optimizer):
     assert not any(torch.equal(a, b) for a, b in zip(before, made.net.parameters()) if a.ndim > 1)
 
 
+def test_bfloat16_is_of_the_computation_alone(run):
+    half, full = (list(run(2, dtype=dtype).net.parameters()) for dtype in ("bfloat16", "float32"))
+    assert {p.dtype for p in half} == {torch.float32} and not all(torch.equal(a, b) for a, b in zip(half, full))
+
+
 def test_losses_that_are_not_finite_are_left_out():
     losses = Losses(-0.6, 1.2, CPU)
     losses.add(torch.tensor([0.1, 0.5, 2.0]), torch.tensor([1.0, math.nan, 3.0]))
     mean, levels = losses.read()
     assert mean == 2 and list(levels.values()) == [1, 3] and not losses.sums.any()
-
-
-def test_skipped_steps_are_shown_and_many_in_a_row_end_the_run(run, shapes16, tmp_path, capsys):
-    made = run(1)
-    (tmp_path / "step_00000001.safetensors").write_bytes(b"")
-    settings = script_settings("train.py") | {"out": str(tmp_path), "max_steps": 50, "price": 3.0, "sample_every": 0,
-                                              "batch_size": 4}
-    report = Report(made, settings, (Dataset(shapes16, 8), Rows([range(4)])), train.autocast, CPU)
-    report.meter.restart(1)
-    norm, bad = torch.tensor(1.0), torch.tensor(math.nan)
-    for _ in range(MOST_SKIPPED - 1):
-        made.optimizer.step(0.0, bad)
-    report.losses.add(torch.ones(4), torch.ones(4))
-    made.step = 10
-    report.log_step(made, 1e-2, norm, True)
-    line = capsys.readouterr().out
-    assert all(word in line for word in ("9 steps skipped", "MFU", "images/s", "$"))
-    made.optimizer.step(0.0, bad)
-    with pytest.raises(ValueError, match="last 10 steps .*step_00000001.safetensors"):
-        made.step = 11
-        report.log_step(made, 1e-2, norm, True)
 
 
 class Reads(TorchDispatchMode):
@@ -147,13 +109,12 @@ def test_a_step_reads_nothing_from_the_device(run, mask_ratio, optimizer):
 
 def test_one_graph_and_no_recompilation(run):
     torch._dynamo.reset()
-    graphs = []
+    made, graphs = run(1), []
 
     def backend(graph, inputs):
         graphs.append(graph)
         return graph.forward
 
-    made = run(1)
     net = torch.compile(made.net, backend=backend, fullgraph=True)
     run(3, made, net)
     assert len(graphs) == 1
@@ -229,14 +190,13 @@ def test_experts_are_matrices_of_their_own():
 
 
 def test_learning_rate_schedules(monkeypatch):
-    def rates(**settings):
-        values = {"learning_rate": 1.0, "warmup_steps": 4, "max_steps": 20, "schedule": "cosine",
-                  "min_learning_rate": 0.1} | settings
-        for name, value in values.items():
+    def rates(schedule):
+        for name, value in {"learning_rate": 1.0, "warmup_steps": 4, "max_steps": 20, "min_learning_rate": 0.1,
+                            "schedule": schedule}.items():
             monkeypatch.setattr(train, name, value)
         return [train.learning_rate_at(s) for s in range(21)]
 
-    cosine, constant = rates(), rates(schedule="constant")
+    cosine, constant = rates("cosine"), rates("constant")
     assert cosine[:4] == constant[:4] == [0.25, 0.5, 0.75, 1.0] and set(constant[4:]) == {1.0}
     assert cosine[4] == 1 and cosine[12] == pytest.approx(0.55) and cosine[20] == pytest.approx(0.1)
     assert all(a > b for a, b in zip(cosine[4:], cosine[5:]))
@@ -327,14 +287,14 @@ def test_a_checkpoint_that_cannot_be_read_is_not_damaged(tmp_path, monkeypatch, 
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
-def test_four_hundred_shards_with_few_open_files(shapes16, tmp_path):
+def test_a_hundred_shards_with_64_open_files(shapes16, tmp_path):
     resource = pytest.importorskip("resource")
     info = Dataset(shapes16, 8).info
     latents, captions = Dataset(shapes16, 8).rows(range(100))
-    names = [f"{i:05d}" for i in range(100)]
-    for i, name in enumerate(names):
-        write_shard(tmp_path, name, {16: latents[i:i + 1]}, captions[i:i + 1], [{"caption": str(i)}])
-    write_json(tmp_path / "dataset.json", info | {"rows": 100, "shards": [{"name": n, "rows": 1} for n in names]})
+    for i in range(100):
+        write_shard(tmp_path, f"{i:05d}", {16: latents[i:i + 1]}, captions[i:i + 1], [{"caption": str(i)}])
+    shards = [{"name": f"{i:05d}", "rows": 1} for i in range(100)]
+    write_json(tmp_path / "dataset.json", info | {"rows": 100, "shards": shards})
     many = Dataset(tmp_path, 8)
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, before[1]))

@@ -12,7 +12,6 @@ from test_vae import SMALL, published
 
 import model
 import sample
-from encoders import released
 from training import checkpoint
 
 # XL/2 but for its size: what a state dict does not tell has the default value
@@ -26,20 +25,10 @@ def models(tmp_path_factory):
     write_clip(folder / "clip")
     torch.manual_seed(0)
     net = model.MicroDiT(model.MicroDiTConfig(**NETWORK))
-    with torch.no_grad():
-        for p in net.parameters():
-            p.add_(0.02 * torch.randn(p.shape))
+    for p in net.parameters():
+        p.data.add_(0.02 * torch.randn(p.shape))
     torch.save(net.to_official(), folder / "dit.pt")
     return folder
-
-
-@pytest.mark.parametrize("channels, size, scale", [(4, 64, 2.0), (16, 32, 1.0)])
-def test_the_published_networks_are_recognised(channels, size, scale):
-    config = model.MicroDiTConfig(latent_size=size, latent_channels=channels, pos_scale=scale)
-    with torch.device("meta"):
-        net = model.MicroDiT(config)
-    state = net.to_official() | {"pos_embed": model.position_table(config).unsqueeze(0)}
-    assert released.infer_config(state) == config
 
 
 @pytest.mark.parametrize("kind", ["bare", "wrapped", "composer", "bfloat16", "old file"])
