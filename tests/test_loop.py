@@ -1,10 +1,10 @@
 """A step of train.py's loop: one graph, no wait for the device, nothing at all if a gradient is not finite; the parts
 that it calls."""
 
-import contextlib
 import math
 import os
 import stat
+import sys
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -19,7 +19,7 @@ from common.files import write_json
 from training import checkpoint, state
 from training.batches import Batches, prefetched, to_device
 from training.dataset import Dataset, Rows, write_shard
-from training.log import BINS, Losses, Meter, by_level, noise_bins
+from training.log import BINS, Log, Losses, Meter, by_level, noise_bins
 from training.optimizer import Average, Muon, Optimizer, orthogonal
 from training.processes import Processes
 from training.state import State
@@ -218,6 +218,16 @@ def test_noise_bins_are_equally_probable():
     assert noise_bins(torch.tensor([float(s) for s in levels]), 0.3, 0.8).tolist() == [0, 1, 3, 4]
 
 
+def test_weights_and_biases_gets_the_log_too(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", client := MagicMock())
+    log = Log(tmp_path / "run", 0, wandb="mine", settings={"max_steps": 2})
+    log.path.parent.mkdir()
+    log("said", step=2, val_loss=0.5)
+    asked = client.init.call_args.kwargs
+    assert (asked["project"], asked["name"], asked["config"]) == ("mine", "run", {"max_steps": 2})
+    client.init.return_value.log.assert_called_once_with({"step": 2, "val_loss": 0.5}, step=2)
+
+
 def test_an_epoch_visits_every_row_once_whatever_the_micro_batch():
     for micro in (3, 5):
         made = Batches(None, Rows([range(5), range(10, 20)]), micro, 2, tokens=4, seed=0, p_mean=0, p_std=1,
@@ -244,31 +254,25 @@ def test_the_meter_counts_the_captions_that_there_are(monkeypatch):
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def saved(folder, step=1):
-    torch.manual_seed(0)
+def saved(folder):
     net = model.MicroDiT(TINY)
-    made = State(net, Optimizer(net, "adamw", 1e-3, betas=(0.9, 0.99), weight_decay=0.1), Average(0.0, 0),
-                 {"settings": {"max_steps": 5}, "data": {}, "config": {}}, step)
-    for p in net.parameters():
-        p.grad = torch.ones_like(p)
-    made.optimizer.step(1e-3, torch.tensor(1.0))
-    return made.save(folder, 2)
+    optimizer = Optimizer(net, "adamw", 1e-3, betas=(0.9, 0.99), weight_decay=0.1)
+    run = {"settings": {"max_steps": 5}, "data": {}, "config": {}}
+    return State(net, optimizer, Average(0.0, 0), run, step=1).save(folder, keep=2)
 
 
 def test_what_is_synced_is_what_counts(tmp_path, monkeypatch):
     """The file whose bytes were synced is the one that is renamed, with the mode that the umask leaves"""
-    synced, real = [], os.fsync
-    monkeypatch.setattr(os, "fsync", lambda number: (synced.append((os.fstat(number).st_ino, os.fstat(number).st_size)),
-                                                     real(number)))
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.fstat(number)))
     old = os.umask(0o027)
     try:
         path = saved(tmp_path)
     finally:
         os.umask(old)
-    assert (path.stat().st_ino, path.stat().st_size) in synced
+    assert (path.stat().st_ino, path.stat().st_size) in [(file.st_ino, file.st_size) for file in synced]
     assert stat.S_IMODE(path.stat().st_mode) == 0o640 and [p.name for p in tmp_path.iterdir()] == [path.name]
-    tensors = load_file(path)  # as the safetensors package reads it
-    assert tensors["model.final.linear.weight"].shape == (48, 32)
+    assert load_file(path)["model.final.linear.weight"].shape == (48, 32)  # as the safetensors package reads it
     assert checkpoint.read(path)[0]["step"] == 1
 
 
@@ -287,20 +291,18 @@ def test_a_checkpoint_that_cannot_be_read_is_not_damaged(tmp_path, monkeypatch, 
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
-def test_a_hundred_shards_with_64_open_files(shapes16, tmp_path):
+def test_a_hundred_shards_with_64_open_files(shapes16, tmp_path, monkeypatch):
     resource = pytest.importorskip("resource")
-    info = Dataset(shapes16, 8).info
-    latents, captions = Dataset(shapes16, 8).rows(range(100))
+    info, (latents, captions) = Dataset(shapes16, 8).info, Dataset(shapes16, 8).rows(range(100))
     for i in range(100):
         write_shard(tmp_path, f"{i:05d}", {16: latents[i:i + 1]}, captions[i:i + 1], [{"caption": str(i)}])
     shards = [{"name": f"{i:05d}", "rows": 1} for i in range(100)]
     write_json(tmp_path / "dataset.json", info | {"rows": 100, "shards": shards})
     many = Dataset(tmp_path, 8)
+    monkeypatch.delattr(os, "preadv", raising=False)  # as on Windows
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, before[1]))
     try:
-        with contextlib.suppress(AttributeError):
-            del os.preadv  # as on Windows
         assert (many.rows(range(100))[0] == latents).all()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)

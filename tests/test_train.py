@@ -203,7 +203,7 @@ def test_settings_out_of_range_are_refused(monkeypatch):
     good = script_settings("train.py")
     for name, value in (("mask_ratio", 1.0), ("schedule", "linear"), ("attn_ratio", (1,)), ("learning_rate", 0.0),
                         ("checkpoint_every", -5), ("eval_every", -1), ("optimizer", "sgd"), ("log_every", 0),
-                        ("batch_size", 10), ("unmasked_steps", 250_001)):
+                        ("batch_size", 10), ("unmasked_steps", 250_001), ("wandb", "mine")):
         with monkeypatch.context() as patch, pytest.raises(ValueError, match=name):
             patch.setattr(train, "settings", good | {name: value}, raising=False)
             patch.setattr(train, name, value, raising=False)
