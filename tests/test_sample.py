@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -85,12 +86,12 @@ def test_guidance_and_averaged_weights_are_the_runs_own_unless_told(loaded, runs
         assert all(torch.equal(p, kept[prefix + name]) for name, p in net.named_parameters())
 
 
-def test_the_newest_run_that_is_no_trial_is_the_default(runs, tmp_path):
-    for name, step in (("old", 200), ("new", 100), ("trial", 1)):
+def test_the_newest_run_that_is_no_trial_is_the_default(tmp_path):
+    for when, (name, step) in enumerate((("old", 200), ("new", 100), ("trial", 1))):
         path = checkpoint.step_path(tmp_path / name, step)
         path.parent.mkdir()
         path.touch()
-        os.utime(path, (step, {"old": 1, "new": 2, "trial": 3}[name]))
+        os.utime(path, (when, when))
     assert checkpoint.newest(tmp_path).parent.name == "new"
     for name in ("new", "old"):
         shutil.rmtree(tmp_path / name)
@@ -111,8 +112,8 @@ def test_mistakes(script, runs, tmp_path, args, words):
     assert not (tmp_path / "out").exists()
 
 
-def test_grids_strips_and_which_run(script, runs, tmp_path, monkeypatch):
-    """The first of two batches is there although the second failed; at most 64 pictures a grid, with captions"""
+def test_grids_strips_and_which_run(script, runs, tmp_path):
+    """At most 64 pictures a grid, with captions; a strip of one picture's denoising"""
     printed = script("sample.py", "--prompt", PROMPTS[0], "--images_per_prompt=66", "--checkpoint", runs / "run1",
                      "--steps=1", "--batch_size=33", "--out", tmp_path / "many")
     assert "drawing 66 pictures of 16 px with run1/step_00000006" in printed
@@ -134,15 +135,8 @@ def test_pictures_are_written_batch_by_batch(runs, tmp_path, monkeypatch):
     for name, value in {"prompt": tuple(PROMPTS), "checkpoint": (str(runs / "run1"),), "steps": 1, "batch_size": 1,
                         "out": str(tmp_path), "device": "cpu"}.items():
         monkeypatch.setattr(sample, name, value)
-    calls, real = [], pipeline.decode_images
-
-    def interrupted(vae, latents):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(vae, latents)
-
-    monkeypatch.setattr(pipeline, "decode_images", interrupted)
+    pictures = [Image.new("RGB", (16, 16))]
+    monkeypatch.setattr(pipeline, "decode_images", MagicMock(side_effect=[pictures, pictures, KeyboardInterrupt]))
     with pytest.raises(KeyboardInterrupt):
         sample.main()
     assert [p.name[:5] for p in sorted(tmp_path.glob("*.png"))] == ["00000", "00001"]
@@ -151,12 +145,13 @@ def test_pictures_are_written_batch_by_batch(runs, tmp_path, monkeypatch):
 def test_bfloat16_computes_as_training_does(runs):
     half = sample.load(runs / "run1", "cpu", dtype="bfloat16")
     assert {p.dtype for p in half.net.parameters()} == {half.net.pos_embed.dtype} == {torch.float32}
-    x, caption = torch.randn(2, 12, 8, 8, generator=torch.Generator().manual_seed(0)), half.text_encoder(PROMPTS[:2])
+    x = torch.randn(2, 12, 8, 8, generator=torch.Generator().manual_seed(0))
+    args = x, torch.zeros(2), half.text_encoder(PROMPTS[:2])
     with half.autocast():
-        ours = half.net(x, torch.zeros(2), caption)
+        ours = half.net(*args)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(ours, half.net(x, torch.zeros(2), caption))
-    assert not torch.equal(ours, half.net(x, torch.zeros(2), caption))
+        assert torch.equal(ours, half.net(*args))
+    assert not torch.equal(ours, half.net(*args))
 
 
 def test_every_process_has_a_gpu_of_its_own(monkeypatch):
