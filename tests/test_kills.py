@@ -1,6 +1,6 @@
 """Runs that are killed at random moments and started again end with the same bytes as one that was left alone.
 
-A few kills here; KILLS=50 PICTURES=2000 python -m pytest -n 0 -s tests/test_kills.py for more.
+One kill of each here; KILLS=50 PICTURES=2000 python -m pytest -n 0 -s tests/test_kills.py for more.
 """
 
 import contextlib
@@ -16,12 +16,13 @@ import time
 from pathlib import Path
 
 import numpy as np
-from conftest import ROOT
+import torch
+from conftest import ROOT, SMALL, launch, weights
 from PIL import Image
-from safetensors.torch import load_file
 
-KILLS, PICTURES = int(os.environ.get("KILLS", 2)), int(os.environ.get("PICTURES", 300))
-MODULE = "torch.distributed.run"
+from training import checkpoint
+
+KILLS, PICTURES = int(os.environ.get("KILLS", 1)), int(os.environ.get("PICTURES", 300))
 UNTIDY = (".done.json", ".skipped.jsonl", ".tmp")  # may be left by a kill after the very end; the next start tidies up
 
 
@@ -46,11 +47,11 @@ def contents(folder):
 
 
 def start(args, log):
-    return subprocess.Popen(
-        [sys.executable, "-m", MODULE, "--nproc_per_node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0",
-         *map(str, args)],
-        cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
-    )  # fmt: skip
+    """Start a script in two processes."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d",
+                "--rdzv-endpoint=localhost:0"]
+    return subprocess.Popen([sys.executable, *torchrun, *map(str, args)], cwd=ROOT, stdout=log, stderr=log,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
 
 
 def processes(words):
@@ -63,88 +64,78 @@ def processes(words):
     return sorted(found)
 
 
-def survive(args, kills, within, finished, log, rng):
-    """Start the command, kill it after a random time, start it again, until so many kills have hit it at work; then let
-    it finish. finished() is asked before each start, and may clear away what a run has finished before it was hit.
+def survive(args, log, finished, same):
+    """Start the command, and after a random time kill it and start it again, until KILLS have hit it at work; then let
+    it finish.
+
+    finished(folder), same(folder): whether a run is complete, and ended as the undisturbed one. A complete one is
+    cleared away, for a new one. -> the folders of the undisturbed run and of the last one
     """
-    hits = 0
-    while hits < kills:
-        finished()
-        process = start(args, log)
-        time.sleep(rng.uniform(*within))
+    began, folder, rng = time.time(), Path(f"{log.name}.killed"), random.Random(7)
+    assert start([*args, f"--out={log.name}.whole"], log).wait(600) == 0
+    seconds, hits, runs, unfinished = time.time() - began, 0, 1, 0
+    command = [*args, f"--out={folder}"]
+    while hits < KILLS:
+        process = start(command, log)
+        time.sleep(rng.uniform(0.4 * seconds, seconds))
         if process.poll() is None:
             # the launcher alone, whose processes must not live on; all at once; or one of its processes
-            alive = processes(args[-1])
+            alive = processes(command[-1])
             hits += 1
             for pid in ([process.pid], alive, alive[-1:])[hits % 3 - 1]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         process.wait()
         deadline = time.time() + 5
-        while processes(args[-1]):
+        while processes(command[-1]):
             assert time.time() < deadline, "processes outlived their launcher"
             time.sleep(0.1)
-    assert start(args, log).wait(300) == 0, log
+        unfinished += len(list(folder.glob("*.tmp")))
+        if finished(folder):
+            assert same(folder)
+            shutil.rmtree(folder)
+            runs += 1
+    assert start(command, log).wait(300) == 0, log
+    assert same(folder)
+    print(f"undisturbed: {seconds:.1f} s; {KILLS} kills, {unfinished} of them while a file was being written, {runs} "
+          "runs finished, all the same")
+    return Path(f"{log.name}.whole"), folder
 
 
-def test_preparation_survives_kills(script, tmp_path):
+def test_preparation_survives_kills(tmp_path):
     tars(tmp_path / "source", PICTURES)
     args = ["prepare_latents.py", "--source", tmp_path / "source", "--resolutions", "32", "64", "--shard_size=32",
-            "--batch_size=8", "--caption_dtype=int8", "--workers=1"]  # fmt: skip
-    began = time.time()
-    script(*args, "--out", tmp_path / "whole")
-    print(f"undisturbed, one process: {time.time() - began:.1f} s")
-    with open(tmp_path / "log.txt", "w") as log:
-        began = time.time()
-        assert start([*args, f"--out={tmp_path}/two"], log).wait(300) == 0
-        seconds = time.time() - began
-        whole, killed, runs = contents(tmp_path / "whole"), tmp_path / "killed", 0
-
-        def finished():
-            nonlocal runs
-            if killed.exists() and '"complete": true' in (killed / "dataset.json").read_text():
-                assert {n: b for n, b in contents(killed).items() if not n.endswith(UNTIDY)} == whole
-                shutil.rmtree(killed)
-                runs += 1
-
-        survive([*args, f"--out={killed}"], KILLS, (0.4 * seconds, seconds), finished, log, random.Random(7))
-    print(f"undisturbed, two processes: {seconds:.1f} s; {KILLS} kills, {runs + 1} preparations finished, all the same")
+            "--batch_size=8", "--caption_dtype=int8", "--workers=1"]
+    launch(*args, "--out", tmp_path / "whole")  # by one process
+    whole = contents(tmp_path / "whole")
     assert len([n for n in whole if n.endswith("captions.npy")]) == 2 * -(-PICTURES // 64)
-    assert contents(tmp_path / "two") == whole and contents(killed) == whole
+
+    def finished(folder):
+        about = folder / "dataset.json"
+        return about.exists() and '"complete": true' in about.read_text()
+
+    def same(folder):
+        return {n: b for n, b in contents(folder).items() if not n.endswith(UNTIDY)} == whole
+
+    with open(tmp_path / "log", "w") as log:
+        two, killed = survive(args, log, finished, same)
+    assert contents(two) == contents(killed) == whole
 
 
-def test_training_survives_kills(script, tmp_path):
-    """Two processes, a checkpoint every few steps, so that many kills come while one is written"""
-    script("prepare_latents.py", f"--out={tmp_path / 'data'}", "--limit=60", "--resolutions=16")
+def test_training_survives_kills(shapes16, tmp_path):
+    """A checkpoint every few steps, so that many kills come while one is written"""
     steps = 40 if KILLS < 20 else 400
-    args = ["train.py", f"--data={tmp_path / 'data'}", "--latent_size=8", "--dim=64", "--depth=2", "--head_dim=16",
-            "--mlp_multiple=16", "--mixer_depth=1", "--mixer_dim=32", "--num_experts=2", "--batch_size=8",
-            "--micro_batch_size=2", "--warmup_steps=3", f"--max_steps={steps}", f"--unmasked_steps={steps // 4}",
-            "--ema_decay=0.9", "--log_every=5", "--eval_every=0", "--sample_every=0",
-            "--checkpoint_every=3", "--keep_checkpoints=2"]  # fmt: skip
-    runs, unfinished = 0, 0
-    with open(tmp_path / "log.txt", "w") as log:
-        began = time.time()
-        assert start([*args, f"--out={tmp_path}/whole"], log).wait(600) == 0
-        seconds, killed = time.time() - began, tmp_path / "killed"
-        last = f"step_{steps:08d}.safetensors"
-        whole = (tmp_path / "whole" / last).read_bytes()
+    args = ["train.py", f"--data={shapes16}", *SMALL, "--dim=64", "--batch_size=8", "--micro_batch_size=2",
+            f"--max_steps={steps}", f"--unmasked_steps={steps // 4}", "--log_every=5", "--eval_every=0",
+            "--checkpoint_every=3", "--keep_checkpoints=2"]
 
-        def finished():
-            nonlocal runs, unfinished
-            unfinished += len(list(killed.glob("*.tmp"))) if killed.exists() else 0
-            if (killed / last).exists():
-                assert tensors(killed / last) == tensors(tmp_path / "whole" / last)
-                shutil.rmtree(killed)
-                runs += 1
+    def finished(folder):
+        return checkpoint.step_path(folder, steps).exists()
 
-        survive([*args, f"--out={killed}"], KILLS, (0.3 * seconds, seconds), finished, log, random.Random(8))
-    print(f"undisturbed: {seconds:.1f} s; {KILLS} kills, {unfinished} of them while a checkpoint was being written, "
-          f"{runs + 1} runs finished, all with the same weights")  # fmt: skip
-    assert tensors(killed / last) == tensors(tmp_path / "whole" / last) and len(whole) > 100_000
-    assert len(list(killed.glob("step_*"))) == 2
+    def same(folder):
+        a, b = weights(folder), weights(tmp_path / "log.whole")
+        return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
-
-def tensors(path):
-    """{name: bytes} of a checkpoint, whose metadata names the folder"""
-    return {name: t.numpy().tobytes() for name, t in load_file(path).items()}
+    with open(tmp_path / "log", "w") as log:
+        _, killed = survive(args, log, finished, same)
+    assert len(checkpoint.steps_of(killed)) == 2

@@ -1,9 +1,12 @@
-"""A step of train.py's loop: one graph, no wait for the device, nothing at all if a gradient is not finite."""
+"""A step of train.py's loop: one graph, no wait for the device, nothing at all if a gradient is not finite; the parts
+that it calls."""
 
-import contextlib
 import math
 import os
 import stat
+import sys
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -12,72 +15,48 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
 import train
-from configurator import script_settings
+from common.files import write_json
 from training import checkpoint, state
 from training.batches import Batches, prefetched, to_device
-from training.dataset import Dataset, Rows
-from training.log import BINS, Losses, Meter, by_level, noise_bins
-from training.optimizer import Average, Muon, Optimizer
+from training.dataset import Dataset, Rows, write_shard
+from training.log import BINS, Log, Losses, Meter, by_level, noise_bins
+from training.optimizer import Average, Muon, Optimizer, orthogonal
 from training.processes import Processes
-from training.report import MOST_SKIPPED, Report
 from training.state import State
 
 CPU = Processes(0, 1, torch.device("cpu"))
 TINY = model.MicroDiTConfig(latent_size=8, latent_channels=12, caption_dim=128, dim=32, depth=2, head_dim=8,
-                            mlp_multiple=8, mixer_depth=1, mixer_dim=16, num_experts=2)
-
-
-class Quiet:
-    """A report that says nothing"""
-
-    def __init__(self):
-        self.losses, self.meter = Losses(-0.6, 1.2, CPU), self
-
-    def restart(self, step):
-        pass
-
-    paused = contextlib.nullcontext
-
-    log_step = validate = draw = lambda self, *_: None
-
-
-class Ready:
-    """Batches that were made beforehand"""
-
-    def __init__(self, shapes16, count):
-        made = Batches(Dataset(shapes16, 8), Rows([range(100)]), 4, 1, tokens=TINY.tokens, seed=0, p_mean=-0.6,
-                       p_std=1.2, caption_dropout=0.1)
-        self.batches = [made(i, 0) for i in range(count)]
-
-    def stream(self, keys, device):
-        return (to_device(self.batches[step], device) for step, _ in keys)
+                            mlp_multiple=8, mixer_depth=1, mixer_dim=16, num_experts=2, moe_every=1)
 
 
 @pytest.fixture
-def run(monkeypatch, shapes16, tmp_path):
-    """run(to, state=None, net=None, optimizer="adamw") trains to a step, one micro-batch of four pictures a step"""
-    ready = Ready(shapes16, 20)
+def run(monkeypatch, shapes16):
+    """run(to, state=None, net=None, **settings) trains to a step, one micro-batch of four pictures a step"""
+    made = Batches(Dataset(shapes16, 8), Rows([range(100)]), 4, 1, tokens=TINY.tokens, seed=0, p_mean=-0.6, p_std=1.2,
+                   caption_dropout=0.1)
+    batches = [made(i, 0) for i in range(12)]
+    ready = SimpleNamespace(stream=lambda keys, device: (to_device(batches[step], device) for step, _ in keys))
+    quiet = MagicMock(losses=Losses(-0.6, 1.2, CPU))
 
-    def run(to, old=None, net=None, optimizer="adamw", **settings):
-        values = {"batch_size": 4, "micro_batch_size": 4, "learning_rate": 1e-2, "max_steps": to, "log_every": 10 ** 6,
-                  "schedule": "constant", "warmup_steps": 0, "mask_ratio": 0.75, "unmasked_steps": 0,
-                  "dtype": "float32",
-                  "checkpoint_every": 0, "eval_every": 0, "sample_every": 0, "keep_checkpoints": 1, "ema_decay": 0.9,
-                  "out": str(tmp_path / "run")}
-        for name, value in (values | {"optimizer": optimizer} | settings).items():
+    def run(to, old=None, net=None, **settings):
+        values = {"batch_size": 4, "micro_batch_size": 4, "learning_rate": 1e-2, "max_steps": to, "ema_decay": 0.9,
+                  "schedule": "constant", "warmup_steps": 0, "dtype": "float32", "optimizer": "adamw",
+                  "mask_ratio": 0.75, "unmasked_steps": 0, "eval_every": 0, "sample_every": 0}
+        for name, value in (values | settings).items():
             monkeypatch.setattr(train, name, value)
         made = old or train.new_state(TINY, {}, CPU.device)
-        train.train(made, made.net if net is None else net, ready, Quiet(), CPU)
+        with monkeypatch.context() as patch:
+            patch.setattr(State, "save", MagicMock())
+            train.train(made, made.net if net is None else net, ready, quiet, CPU)
         return made
 
-    run.batches = ready.batches
+    run.batches = batches
     return run
 
 
 def everything(made):
-    tensors = [*made.net.parameters(), *made.average.net.parameters()]
-    return [t.clone() for t in tensors + [v for o, _ in made.optimizer.parts for s in o.state.values()
-                                          for v in s.values()]]
+    return [t.clone() for t in (*made.net.parameters(), *made.average.net.parameters(),
+                                *made.optimizer.tensors().values())]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -94,32 +73,16 @@ def test_a_step_without_finite_gradients_changes_nothing(run, optimizer):
     assert not any(torch.equal(a, b) for a, b in zip(before, made.net.parameters()) if a.ndim > 1)
 
 
+def test_bfloat16_is_of_the_computation_alone(run):
+    half, full = (list(run(2, dtype=dtype).net.parameters()) for dtype in ("bfloat16", "float32"))
+    assert {p.dtype for p in half} == {torch.float32} and not all(torch.equal(a, b) for a, b in zip(half, full))
+
+
 def test_losses_that_are_not_finite_are_left_out():
     losses = Losses(-0.6, 1.2, CPU)
     losses.add(torch.tensor([0.1, 0.5, 2.0]), torch.tensor([1.0, math.nan, 3.0]))
     mean, levels = losses.read()
     assert mean == 2 and list(levels.values()) == [1, 3] and not losses.sums.any()
-
-
-def test_skipped_steps_are_shown_and_many_in_a_row_end_the_run(run, shapes16, tmp_path, capsys):
-    made = run(1)
-    (tmp_path / "step_00000001.safetensors").write_bytes(b"")
-    settings = script_settings("train.py") | {"out": str(tmp_path), "max_steps": 50, "price": 3.0, "sample_every": 0,
-                                              "batch_size": 4}
-    report = Report(made, settings, (Dataset(shapes16, 8), Rows([range(4)])), train.autocast, CPU)
-    report.meter.restart(1)
-    norm, bad = torch.tensor(1.0), torch.tensor(math.nan)
-    for _ in range(MOST_SKIPPED - 1):
-        made.optimizer.step(0.0, bad)
-    report.losses.add(torch.ones(4), torch.ones(4))
-    made.step = 10
-    report.log_step(made, 1e-2, norm, True)
-    line = capsys.readouterr().out
-    assert all(word in line for word in ("9 steps skipped", "MFU", "images/s", "$"))
-    made.optimizer.step(0.0, bad)
-    with pytest.raises(ValueError, match="last 10 steps .*step_00000001.safetensors"):
-        made.step = 11
-        report.log_step(made, 1e-2, norm, True)
 
 
 class Reads(TorchDispatchMode):
@@ -146,20 +109,22 @@ def test_a_step_reads_nothing_from_the_device(run, mask_ratio, optimizer):
 
 def test_one_graph_and_no_recompilation(run):
     torch._dynamo.reset()
-    graphs = []
+    made, graphs = run(1), []
 
     def backend(graph, inputs):
         graphs.append(graph)
         return graph.forward
 
-    made = run(1)
     net = torch.compile(made.net, backend=backend, fullgraph=True)
-    run(4, made, net)
+    run(3, made, net)
     assert len(graphs) == 1
-    run(8, made, net, mask_ratio=0.0)
+    run(6, made, net, mask_ratio=0.0)
     assert len(graphs) == 2  # the unmasked part has shapes of its own
-    run(12, made, net, unmasked_steps=2)
+    run(9, made, net, unmasked_steps=2)
     assert len(graphs) == 2
+    plain = run(9, run(6, run(3), mask_ratio=0.0), unmasked_steps=2)
+    for a, b in zip(made.net.parameters(), plain.net.parameters()):
+        torch.testing.assert_close(a, b)
 
 
 def test_activation_checkpointing_gives_the_same_gradients(run):
@@ -177,29 +142,61 @@ def test_activation_checkpointing_gives_the_same_gradients(run):
     assert grads[1][1] < 0.5 * grads[0][1]
 
 
-def test_muon_makes_its_state_once(monkeypatch):
-    p = torch.nn.Parameter(torch.ones(4, 4))
-    optimizer, made = Muon([p], 0.1), []
-    real = torch.zeros_like
-    monkeypatch.setattr(torch, "zeros_like", lambda t: made.append(t) or real(t))
-    for _ in range(3):
-        p.grad = torch.ones(4, 4)
-        optimizer.step()
-    assert len(made) == 1
+# --- Muon ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 24, 6), (1, 5, 30)])
+def test_updates_are_about_orthogonal(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    lengths = u.mT @ orthogonal(x) @ vh.mT  # in the singular vectors' coordinates: diagonal, near 1
+    diagonal = lengths.diagonal(dim1=1, dim2=2)
+    assert (diagonal > 0.5).all() and (diagonal < 1.35).all()
+    assert (lengths - torch.diag_embed(diagonal)).abs().max() < 0.05  # it may compute in bfloat16
+
+
+def test_muon_steps_as_the_librarys_and_makes_its_state_once(monkeypatch):
+    g, made, real = torch.Generator().manual_seed(0), [], torch.zeros_like
+    start = [torch.randn(shape, generator=g) for shape in ((16, 8), (8, 8), (16, 8))]
+    ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
+    library = torch.optim.Muon(theirs, 0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    optimizer = Muon(ours, 0.02, weight_decay=0.1)
+    for _ in range(4):
+        for a, b in zip(ours, theirs):
+            a.grad = torch.randn(a.shape, generator=g)
+            b.grad = a.grad.clone()
+        library.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "zeros_like", lambda t: made.append(t) or real(t))
+            optimizer.step()
+    assert len(made) == 3
+    for a, b, s in zip(ours, theirs, start):
+        assert (a - b).norm() < 0.02 * (b - s).norm()  # theirs is in bfloat16
+
+
+def test_experts_are_matrices_of_their_own():
+    g = torch.Generator().manual_seed(0)
+    stacked = torch.nn.Parameter(torch.randn(4, 6, 8, generator=g))
+    alone = [torch.nn.Parameter(w.detach().clone()) for w in stacked]
+    stacked.grad = torch.randn(4, 6, 8, generator=g)
+    for w, grad in zip(alone, stacked.grad):
+        w.grad = grad.clone()
+    Muon([stacked], 0.1).step()
+    Muon(alone, 0.1).step()
+    torch.testing.assert_close(stacked, torch.stack(alone))
 
 
 # --- schedules, batches, the meter -----------------------------------------------------------------------------------
 
 
 def test_learning_rate_schedules(monkeypatch):
-    def rates(**settings):
-        values = {"learning_rate": 1.0, "warmup_steps": 4, "max_steps": 20, "schedule": "cosine",
-                  "min_learning_rate": 0.1} | settings
-        for name, value in values.items():
+    def rates(schedule):
+        for name, value in {"learning_rate": 1.0, "warmup_steps": 4, "max_steps": 20, "min_learning_rate": 0.1,
+                            "schedule": schedule}.items():
             monkeypatch.setattr(train, name, value)
         return [train.learning_rate_at(s) for s in range(21)]
 
-    cosine, constant = rates(), rates(schedule="constant")
+    cosine, constant = rates("cosine"), rates("constant")
     assert cosine[:4] == constant[:4] == [0.25, 0.5, 0.75, 1.0] and set(constant[4:]) == {1.0}
     assert cosine[4] == 1 and cosine[12] == pytest.approx(0.55) and cosine[20] == pytest.approx(0.1)
     assert all(a > b for a, b in zip(cosine[4:], cosine[5:]))
@@ -219,6 +216,16 @@ def test_noise_bins_are_equally_probable():
     levels = by_level(torch.arange(5.0), torch.tensor([1.0, 1, 0, 1, 2]), 0.3, 0.8)
     assert list(levels.values()) == [0, 1, 3, 2]
     assert noise_bins(torch.tensor([float(s) for s in levels]), 0.3, 0.8).tolist() == [0, 1, 3, 4]
+
+
+def test_weights_and_biases_gets_the_log_too(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", client := MagicMock())
+    log = Log(tmp_path / "run", 0, wandb="mine", settings={"max_steps": 2})
+    log.path.parent.mkdir()
+    log("said", step=2, val_loss=0.5)
+    asked = client.init.call_args.kwargs
+    assert (asked["project"], asked["name"], asked["config"]) == ("mine", "run", {"max_steps": 2})
+    client.init.return_value.log.assert_called_once_with({"step": 2, "val_loss": 0.5}, step=2)
 
 
 def test_an_epoch_visits_every_row_once_whatever_the_micro_batch():
@@ -247,31 +254,25 @@ def test_the_meter_counts_the_captions_that_there_are(monkeypatch):
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def saved(folder, step=1):
-    torch.manual_seed(0)
+def saved(folder):
     net = model.MicroDiT(TINY)
-    made = State(net, Optimizer(net, "adamw", 1e-3, betas=(0.9, 0.99), weight_decay=0.1), Average(0.0, 0),
-                 {"settings": {"max_steps": 5}, "data": {}, "config": {}}, step)
-    for p in net.parameters():
-        p.grad = torch.ones_like(p)
-    made.optimizer.step(1e-3, torch.tensor(1.0))
-    return made.save(folder, 2)
+    optimizer = Optimizer(net, "adamw", 1e-3, betas=(0.9, 0.99), weight_decay=0.1)
+    run = {"settings": {"max_steps": 5}, "data": {}, "config": {}}
+    return State(net, optimizer, Average(0.0, 0), run, step=1).save(folder, keep=2)
 
 
 def test_what_is_synced_is_what_counts(tmp_path, monkeypatch):
     """The file whose bytes were synced is the one that is renamed, with the mode that the umask leaves"""
-    synced, real = [], os.fsync
-    monkeypatch.setattr(os, "fsync", lambda number: (synced.append((os.fstat(number).st_ino, os.fstat(number).st_size)),
-                                                     real(number)))
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.fstat(number)))
     old = os.umask(0o027)
     try:
         path = saved(tmp_path)
     finally:
         os.umask(old)
-    assert (path.stat().st_ino, path.stat().st_size) in synced
+    assert (path.stat().st_ino, path.stat().st_size) in [(file.st_ino, file.st_size) for file in synced]
     assert stat.S_IMODE(path.stat().st_mode) == 0o640 and [p.name for p in tmp_path.iterdir()] == [path.name]
-    tensors = load_file(path)  # as the safetensors package reads it
-    assert tensors["model.final.linear.weight"].shape == (48, 32)
+    assert load_file(path)["model.final.linear.weight"].shape == (48, 32)  # as the safetensors package reads it
     assert checkpoint.read(path)[0]["step"] == 1
 
 
@@ -290,22 +291,18 @@ def test_a_checkpoint_that_cannot_be_read_is_not_damaged(tmp_path, monkeypatch, 
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
-def test_four_hundred_shards_with_few_open_files(shapes16, tmp_path):
+def test_a_hundred_shards_with_64_open_files(shapes16, tmp_path, monkeypatch):
     resource = pytest.importorskip("resource")
-    from training.dataset import write_shard
-    info = Dataset(shapes16, 8).info
-    latents, captions = Dataset(shapes16, 8).rows(range(100))
-    names = [f"{i:05d}" for i in range(100)]
-    for i, name in enumerate(names):
-        write_shard(tmp_path, name, {16: latents[i:i + 1]}, captions[i:i + 1], [{"caption": str(i)}])
-    from common.files import write_json
-    write_json(tmp_path / "dataset.json", info | {"rows": 100, "shards": [{"name": n, "rows": 1} for n in names]})
+    info, (latents, captions) = Dataset(shapes16, 8).info, Dataset(shapes16, 8).rows(range(100))
+    for i in range(100):
+        write_shard(tmp_path, f"{i:05d}", {16: latents[i:i + 1]}, captions[i:i + 1], [{"caption": str(i)}])
+    shards = [{"name": f"{i:05d}", "rows": 1} for i in range(100)]
+    write_json(tmp_path / "dataset.json", info | {"rows": 100, "shards": shards})
     many = Dataset(tmp_path, 8)
+    monkeypatch.delattr(os, "preadv", raising=False)  # as on Windows
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, before[1]))
     try:
-        with contextlib.suppress(AttributeError):
-            del os.preadv  # as on Windows
         assert (many.rows(range(100))[0] == latents).all()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)

@@ -14,23 +14,21 @@ SMALL = dict(latent_size=8, latent_channels=3, dim=32, depth=4, head_dim=8, mlp_
              mixer_depth=2, mixer_dim=16, num_experts=4)
 
 
-def network(**changes):
-    """A small network with random weights everywhere: the real initialisation starts as the identity"""
+def case(B=2, random=True, **changes):
+    """(network, latents, sigma, captions, noise, kept patches)
+
+    random: weights everywhere, as the real initialisation starts as the identity
+    """
     torch.manual_seed(0)
     net = MicroDiT(MicroDiTConfig(**SMALL | changes))
     for name, p in net.named_parameters():
-        if "norm" not in name:
+        if random and "norm" not in name:
             torch.nn.init.normal_(p, std=0.2)
-    return net
-
-
-def inputs(net, B=2, L=5):
-    g = torch.Generator().manual_seed(1)
-    c = net.config
+    g, c = torch.Generator().manual_seed(1), net.config
     x = torch.randn(B, c.latent_channels, c.latent_size, c.latent_size, generator=g)
     sigma = torch.rand(B, generator=g) + 0.2
     ids = model.kept_patches(torch.rand(B, c.tokens, generator=g), 0.75)
-    return x, sigma, torch.randn(B, L, c.caption_dim, generator=g), torch.randn(x.shape, generator=g), ids
+    return net, x, sigma, torch.randn(B, 5, c.caption_dim, generator=g), torch.randn(x.shape, generator=g), ids
 
 
 # --- masking ---------------------------------------------------------------------------------------------------------
@@ -53,36 +51,27 @@ def test_kept_patches_are_the_smallest_draws_in_ascending_order(tokens, ratio, s
 def test_patchify_and_back():
     x = torch.arange(2 * 3 * 8 * 8.0).view(2, 3, 8, 8)
     tokens = model.patchify(x, 2)
-    assert torch.equal(
-        tokens[1, 5].view(2, 2, 3).permute(2, 0, 1), x[1, :, 2:4, 2:4]
-    )  # patch 5 of rows of 4: row 1, column 1
+    patch = tokens[1, 5].view(2, 2, 3).permute(2, 0, 1)
+    assert torch.equal(patch, x[1, :, 2:4, 2:4])  # patch 5 of rows of 4: row 1, column 1
     assert torch.equal(model.unpatchify(tokens, 2), x)
 
 
 @torch.no_grad()
 def test_masked_output_is_zero_elsewhere_and_kept_only_agrees():
-    net = network()
-    x, sigma, caption, _, ids = inputs(net)
+    net, x, sigma, caption, noise, ids = case()
     full = model.patchify(net(x, sigma, caption, ids_keep=ids), 2)
     kept = net(x, sigma, caption, ids_keep=ids, kept_only=True)
     assert torch.equal(model.gather_tokens(full, ids), kept)
     assert (full.abs().sum(-1) > 0).sum() == ids.numel()
-
-
-@torch.no_grad()
-def test_keeping_every_patch_in_order_is_no_masking():
-    net = network()
-    x, sigma, caption, noise, _ = inputs(net)
-    everything = torch.arange(16).expand(2, 16)
+    everything = torch.arange(16).expand(2, 16)  # every patch in order is no masking
     torch.testing.assert_close(net(x, sigma, caption, ids_keep=everything), net(x, sigma, caption))
-    torch.testing.assert_close(
-        model.edm_loss(net, x, caption, sigma, noise, everything), model.edm_loss(net, x, caption, sigma, noise)
-    )
+    args = net, x, caption, sigma, noise
+    torch.testing.assert_close(model.edm_loss(*args, everything), model.edm_loss(*args))
 
 
-def influence(net):
+def influence(**changes):
     """How far a change of one removed patch reaches into the kept outputs"""
-    x, sigma, caption, _, ids = inputs(net, B=1)
+    net, x, sigma, caption, _, ids = case(B=1, **changes)
     removed = next(i for i in range(16) if i not in ids[0].tolist())
     changed = model.patchify(x, 2).clone()
     changed[:, removed] += 1
@@ -92,41 +81,36 @@ def influence(net):
 
 @torch.no_grad()
 def test_the_mixer_sees_removed_patches_and_naive_masking_does_not():
-    assert influence(network()) > 1e-3
-    naive = network(mixer_depth=0)
-    assert influence(naive) == 0
-    assert not any(name.startswith("mixer") for name, _ in naive.named_parameters())
+    assert influence() > 1e-3
+    assert influence(mixer_depth=0) == 0
+    assert not any(name.startswith("mixer") for name, _ in case(mixer_depth=0)[0].named_parameters())
 
 
 @torch.no_grad()
 def test_masked_loss_ignores_the_removed_patches_targets():
-    net = network(mixer_depth=0)  # a network that cannot see removed patches: then nothing of them may reach the loss
-    x, sigma, caption, noise, ids = inputs(net)
+    # a network that cannot see removed patches: then nothing of them may reach the loss
+    net, x, sigma, caption, noise, ids = case(mixer_depth=0)
     removed = torch.ones(2, 16, dtype=torch.bool).scatter(1, ids, False)
-    latents = model.patchify(x, 2)
-    latents[removed] += 5
-    other = model.unpatchify(latents, 2)
-    torch.testing.assert_close(
-        model.edm_loss(net, other, caption, sigma, noise, ids), model.edm_loss(net, x, caption, sigma, noise, ids)
-    )
-    latents = model.patchify(x, 2)
-    latents[~removed] += 5
-    other = model.unpatchify(latents, 2)
-    assert model.edm_loss(net, other, caption, sigma, noise, ids) > 1 + model.edm_loss(
-        net, x, caption, sigma, noise, ids
-    )
+
+    def loss_with(changed):
+        patches = model.patchify(x, 2)
+        patches[changed] += 5
+        return model.edm_loss(net, model.unpatchify(patches, 2), caption, sigma, noise, ids)
+
+    loss = model.edm_loss(net, x, caption, sigma, noise, ids)
+    torch.testing.assert_close(loss_with(removed), loss)
+    assert loss_with(~removed) > 1 + loss
 
 
 @torch.no_grad()
 def test_loss_is_the_weighted_error_of_the_denoised_picture():
-    net = network()
-    x, sigma, caption, noise, ids = inputs(net)
+    net, x, sigma, caption, noise, ids = case()
     for keep in (None, ids):
         D = model.denoise(net, x + sigma.view(-1, 1, 1, 1) * noise, sigma, caption, keep)
         error = model.patchify((D - x) ** 2, 2)
         if keep is not None:
             error = model.gather_tokens(error, keep)
-        weight = (sigma**2 + 0.9**2) / (sigma * 0.9) ** 2
+        weight = (sigma ** 2 + 0.9 ** 2) / (sigma * 0.9) ** 2
         per_picture = model.edm_loss(net, x, caption, sigma, noise, keep, reduce=False)
         torch.testing.assert_close(per_picture, weight * error.mean((1, 2)), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(model.edm_loss(net, x, caption, sigma, noise, keep), per_picture.mean())
@@ -147,6 +131,7 @@ def loop_over_experts(moe, x):
     return out
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize("capacity, experts, tokens", [(2.0, 4, 16), (1.0, 4, 9), (0.5, 2, 6), (4.0, 4, 8)])
 @torch.no_grad()
 def test_dispatch_equals_a_loop(capacity, experts, tokens):
@@ -168,24 +153,16 @@ def test_every_expert_takes_its_capacity_and_unrouted_tokens_get_zero():
         moe.w1[e], moe.w2[e] = 1, 0
         moe.w2[e, :, e] = 1
     x = torch.rand(1, 16, 8)
-    answered = moe(x)[0, :, :4] > 0
-    assert answered.sum(0).tolist() == [4, 4, 4, 4]
+    assert (moe(x)[0, :, :4] > 0).sum(0).tolist() == [4, 4, 4, 4]
     taken = moe.router(x).softmax(-1)[0].topk(4, dim=0).indices
     unrouted = sorted(set(range(16)) - set(taken.flatten().tolist()))
     assert unrouted and (moe(x)[0, unrouted] == 0).all()
 
 
-def test_too_few_tokens_for_the_experts_is_an_error_with_the_three_numbers():
-    net = network(num_experts=16, expert_capacity=1.0)
-    x, sigma, caption, _, ids = inputs(net)
-    with pytest.raises(ValueError, match=r"capacity 1.0 \* tokens 4 / experts 16"):
-        net(x, sigma, caption, ids_keep=ids)
-
-
 @torch.no_grad()
 def test_router_unmodulated_changes_the_routing_alone():
-    plain, unmodulated = network(), network(router_unmodulated=True)
-    x, sigma, caption, _, _ = inputs(plain)
+    plain, x, sigma, caption, *_ = case()
+    unmodulated = case(router_unmodulated=True)[0]
     assert [n for n, _ in plain.named_parameters()] == [n for n, _ in unmodulated.named_parameters()]
     assert not torch.allclose(plain(x, sigma, caption), unmodulated(x, sigma, caption))
     for net in (plain, unmodulated):  # without modulation both read the same
@@ -199,20 +176,17 @@ def test_router_unmodulated_changes_the_routing_alone():
 
 
 def test_which_blocks_are_sparse():
-    net = network(depth=6, mixer_depth=3, moe_every=1)
+    net = case(depth=6, mixer_depth=3, moe_every=1)[0]
     sparse = [[isinstance(b.mlp, model.ExpertChoiceMLP) for b in blocks] for blocks in (net.mixer, net.blocks)]
     assert sparse == [[False, True, True], [True] * 5 + [False]]
-    dense = network(num_experts=0)
-    assert not any(isinstance(m, model.ExpertChoiceMLP) for m in dense.modules())
+    assert not any(isinstance(m, model.ExpertChoiceMLP) for m in case(num_experts=0)[0].modules())
 
 
 @pytest.mark.parametrize("changes", [
     dict(num_experts=0), dict(mixer_depth=0), dict(mixer_dim=32), dict(patch_size=4, num_experts=1),
     dict(router_unmodulated=True), dict(attn_ratio=(1, 1), mlp_ratio=(4, 4))])
 def test_variants_train_by_config_alone(changes):
-    torch.manual_seed(0)
-    net = MicroDiT(MicroDiTConfig(**SMALL | changes))
-    x, sigma, caption, noise, ids = inputs(net, B=4)
+    net, x, sigma, caption, noise, ids = case(B=4, random=False, **changes)
     optimizer = torch.optim.AdamW(net.parameters(), 3e-3)
     losses = []
     for _ in range(30):
@@ -232,36 +206,22 @@ def test_impossible_configs_are_errors(changes, words):
         MicroDiTConfig(**SMALL | changes)
 
 
-def test_inputs_of_another_shape_are_errors():
-    net = network()
-    x, sigma, caption, _, _ = inputs(net)
-    with pytest.raises(ValueError, match="do not fit the network"):
-        net(x[:, :, :4], sigma, caption)
-    with pytest.raises(ValueError, match="do not fit the network"):
-        net(x, sigma, caption[..., :3])
-
-
-def test_the_whole_step_is_one_graph():
-    net = network()
-    x, sigma, caption, noise, ids = inputs(net)
-
-    def step(latents, ids_keep):
-        return model.edm_loss(net, latents, caption, sigma, noise, ids_keep)
-
-    compiled = torch.compile(step, backend="eager", fullgraph=True, dynamic=False)
-    for keep in (ids, None):
-        torch.testing.assert_close(compiled(x, keep), step(x, keep))
+def test_inputs_that_do_not_fit_are_errors():
+    net, x, sigma, caption, *_ = case()
+    for bad in ((x[:, :, :4], sigma, caption), (x, sigma, caption[..., :3])):
+        with pytest.raises(ValueError, match="do not fit the network"):
+            net(*bad)
+    net, x, sigma, caption, _, ids = case(num_experts=16, expert_capacity=1.0)
+    with pytest.raises(ValueError, match=r"capacity 1.0 \* tokens 4 / experts 16"):
+        net(x, sigma, caption, ids_keep=ids)
 
 
 @torch.no_grad()
 def test_initial_network_denoises_to_the_skip_path():
-    net = MicroDiT(MicroDiTConfig(**SMALL))
-    x, sigma, caption, _, _ = inputs(net)
+    net, x, sigma, caption, *_ = case(random=False)
     assert net(x, sigma, caption).abs().max() == 0
-    std = net.blocks[1].attn.proj.weight.std().item(), net.mixer[1].attn.proj.weight.std().item()
-    assert std[0] == pytest.approx(0.02 / math.sqrt(4), rel=0.2) and std[1] == pytest.approx(
-        0.02 / math.sqrt(8), rel=0.2
-    )
+    for block, depth in ((net.blocks[1], 4), (net.mixer[1], 8)):
+        assert block.attn.proj.weight.std().item() == pytest.approx(0.02 / math.sqrt(depth), rel=0.2)
 
 
 # --- samplers --------------------------------------------------------------------------------------------------------
@@ -279,11 +239,11 @@ class GaussianData(torch.nn.Module):
         sigma = (4 * c_noise).exp().view(-1, 1, 1, 1)
         c_skip, c_out, c_in, _ = model.preconditioning(sigma)
         noisy, mean = x / c_in, caption.mean((1, 2)).view(-1, 1, 1, 1)
-        D = (self.spread**2 * noisy + sigma**2 * mean) / (self.spread**2 + sigma**2)
+        D = (self.spread ** 2 * noisy + sigma ** 2 * mean) / (self.spread ** 2 + sigma ** 2)
         return (D - c_skip * noisy) / c_out
 
     def solution(self, noise, mean, sigma_max=80.0):
-        return mean + (noise * sigma_max - mean) * (self.spread**2 / (self.spread**2 + sigma_max**2)).sqrt()
+        return mean + (noise * sigma_max - mean) * (self.spread ** 2 / (self.spread ** 2 + sigma_max ** 2)).sqrt()
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
@@ -294,10 +254,8 @@ def test_samplers_converge_with_second_order(sampler, guidance):
     noise = torch.randn(4, 2, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     caption = torch.full((4, 3, 5), 0.5, dtype=torch.float64)
     exact = net.solution(noise, guidance * 0.5)  # guidance moves the mean, as the negative branch has mean 0
-    errors = [
-        (model.sample(net, noise, caption, steps, guidance, sampler) - exact).abs().max().item()
-        for steps in (20, 40, 80, 160)
-    ]
+    errors = [(model.sample(net, noise, caption, steps, guidance, sampler) - exact).abs().max().item()
+              for steps in (20, 40, 80, 160)]
     orders = [math.log2(a / b) for a, b in zip(errors, errors[1:])]
     assert all(1.7 < order < 2.4 for order in orders), (errors, orders)
     assert errors[-1] < 3e-3
@@ -312,20 +270,12 @@ def test_guidance_runs_both_branches_in_one_batch_and_guidance_1_runs_one():
         assert net.batches == batches
 
 
-@torch.no_grad()
-def test_negative_caption_takes_the_place_of_the_empty_one():
-    net = GaussianData()
-    noise, caption = torch.zeros(1, 1, 2, 2), torch.full((1, 1, 1), 0.5)
-    out = model.sample(net, noise, caption, 40, 3.0, negative_caption=-caption)
-    torch.testing.assert_close(out.double(), net.solution(noise.double(), -0.5 + 3.0).expand_as(out), atol=5e-3, rtol=0)
-
-
 @pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m"])
-def test_sigma_max_and_single_steps(sampler):
-    net, noise = GaussianData(), torch.ones(1, 1, 2, 2)
-    caption = torch.zeros(1, 1, 1)
-    out = model.sample(net, noise, caption, 80, 1, sampler, sigma_max=10.0)
-    torch.testing.assert_close(out.double(), net.solution(noise.double(), 0, 10.0), atol=5e-3, rtol=0)
+def test_negative_captions_sigma_max_and_single_steps(sampler):
+    net, noise, caption = GaussianData(), torch.ones(1, 1, 2, 2), torch.full((1, 1, 1), 0.5)
+    out = model.sample(net, noise, caption, 80, 3.0, sampler, sigma_max=10.0, negative_caption=-caption)
+    exact = net.solution(noise.double(), -0.5 + 3.0, 10.0)  # the negative caption in the place of the empty one
+    torch.testing.assert_close(out.double(), exact, atol=5e-3, rtol=0)
     assert model.sample(net, noise, caption, 1, 1, sampler).isfinite().all()
 
 

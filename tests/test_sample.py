@@ -3,11 +3,12 @@
 import json
 import os
 import shutil
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, launch
+from conftest import SMALL, launch, weights
 from PIL import Image
 
 import sample
@@ -17,13 +18,17 @@ from training import checkpoint
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(shapes16, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    launch("prepare_latents.py", "--out", folder / "data", "--limit=60", "--resolutions=16")
     for seed in (1, 2):
-        launch("train.py", *SMALL, f"--data={folder / 'data'}", f"--out={folder / f'run{seed}'}", "--max_steps=6",
-               f"--seed={seed}", "--ema_decay=0.99", "--learning_rate=1e-2", "--sample_guidance=2")
+        launch("train.py", *SMALL, f"--data={shapes16}", f"--out={folder / f'run{seed}'}", "--max_steps=6",
+               f"--seed={seed}", "--ema_decay=0.99", "--learning_rate=1e-2", "--sample_guidance=2", "--eval_every=0")
     return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(runs):
+    return sample.load(runs / "run1", "cpu")
 
 
 PROMPTS = ["a small red circle on a white background", "a large blue ring on a black background",
@@ -33,9 +38,8 @@ PROMPTS = ["a small red circle on a white background", "a large blue ring on a b
 def test_pictures_grid_and_text_chunks(script, runs, tmp_path):
     out = tmp_path / "out"
     args = ("--checkpoint", runs / "run1", "--steps=3", "--out", out)
-    printed = script(
-        "sample.py", "--prompt", *PROMPTS[:2], "--seed=5", "--negative_prompt=a ring", "--sampler=dpmpp_2m", *args
-    )
+    printed = script("sample.py", "--prompt", *PROMPTS[:2], "--seed=5", "--negative_prompt=a ring",
+                     "--sampler=dpmpp_2m", *args)
     assert "picture steps" in printed and "warning" not in printed
     pictures = sorted(out.glob("*.png"))
     assert [p.name for p in pictures] == ["00000_a-small-red-circle-on-a-white-background_seed5.png",
@@ -43,13 +47,9 @@ def test_pictures_grid_and_text_chunks(script, runs, tmp_path):
     image = Image.open(pictures[1])
     assert image.size == (16, 16) and image.text["prompt"] == PROMPTS[1] and image.text["seed"] == "6"
     used = json.loads(image.text["settings"])
-    assert (
-        used["sampler"] == "dpmpp_2m"
-        and used["negative_prompt"] == "a ring"
-        and used["steps"] == 3
-        and used["guidance_scale"] == 2.0  # that of the run's own samples
-        and "run1/step_" in used["checkpoint"]
-    )
+    told = {"sampler": "dpmpp_2m", "negative_prompt": "a ring", "steps": 3}
+    assert used.items() >= (told | {"guidance_scale": 2.0}).items()  # the run's own samples have that guidance
+    assert "run1/step_" in used["checkpoint"]
     before = [p.read_bytes() for p in pictures]
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
     script("sample.py", "--prompts_file", tmp_path / "prompts.txt", "--images_per_prompt=2", *args)
@@ -68,71 +68,52 @@ def test_several_checkpoints_share_seeds_and_make_rows(script, runs, tmp_path):
     assert grid.width == 3 * (128 + 4) + 4 < grid.height  # and below each picture its caption
 
 
-def test_a_picture_does_not_depend_on_the_batch_it_was_drawn_in(runs):
-    model = sample.load(runs / "run1", "cpu")
-    together = sample.generate(model, PROMPTS, steps=4, seed=7, batch_size=3)
+def test_a_picture_does_not_depend_on_the_batch_it_was_drawn_in(loaded):
+    together = sample.generate(loaded, PROMPTS, steps=4, seed=7, batch_size=3)
     for i, prompt in enumerate(PROMPTS):
-        (alone,) = sample.generate(model, [prompt], steps=4, seed=7 + i)
+        (alone,) = sample.generate(loaded, [prompt], steps=4, seed=7 + i)
         assert abs(np.asarray(alone, int) - np.asarray(together[i], int)).max() <= 1
-    (other,) = sample.generate(model, PROMPTS[:1], steps=4, seed=8)
+    (other,) = sample.generate(loaded, PROMPTS[:1], steps=4, seed=8)
     assert (np.asarray(other) != np.asarray(together[0])).any()
 
 
-def test_guidance_is_the_runs_own_unless_told(runs):
-    model = sample.load(runs / "run1", "cpu")
-    by_default, told, other = (
-        np.asarray(sample.generate(model, PROMPTS[:1], steps=4, **kw)[0])
-        for kw in ({}, {"guidance_scale": 2.0}, {"guidance_scale": 5.0})
-    )
+def test_guidance_and_averaged_weights_are_the_runs_own_unless_told(loaded, runs):
+    by_default, told, other = (np.asarray(sample.generate(loaded, PROMPTS[:1], steps=4, **given)[0])
+                               for given in ({}, {"guidance_scale": 2.0}, {"guidance_scale": 5.0}))
     assert (by_default == told).all() and (by_default != other).any()
+    kept, raw = weights(runs / "run1"), sample.load(runs / "run1", "cpu", ema=False)
+    for net, prefix in ((loaded.net, "ema."), (raw.net, "model.")):
+        assert all(torch.equal(p, kept[prefix + name]) for name, p in net.named_parameters())
 
 
-def test_averaged_weights_are_the_default(runs):
-    averaged, raw = (sample.load(runs / "run1", "cpu", ema=ema) for ema in (True, False))
-    assert any((a != b).any() for a, b in zip(averaged.net.parameters(), raw.net.parameters()))
-
-
-def test_the_newest_run_that_is_no_trial_is_the_default(runs, tmp_path):
-    for name, step in (("old", 200), ("new", 100), ("trial", 1)):
+def test_the_newest_run_that_is_no_trial_is_the_default(tmp_path):
+    for when, (name, step) in enumerate((("old", 200), ("new", 100), ("trial", 1))):
         path = checkpoint.step_path(tmp_path / name, step)
         path.parent.mkdir()
         path.touch()
-        os.utime(path, (step, {"old": 1, "new": 2, "trial": 3}[name]))
+        os.utime(path, (when, when))
     assert checkpoint.newest(tmp_path).parent.name == "new"
-    shutil.rmtree(tmp_path / "new")
-    shutil.rmtree(tmp_path / "old")
+    for name in ("new", "old"):
+        shutil.rmtree(tmp_path / name)
     assert checkpoint.newest(tmp_path).parent.name == "trial"
-
-
-def test_unknown_words_are_named_with_the_known_ones(script, runs, tmp_path):
-    printed = script("sample.py", "--prompt", "a small red elephant on a moon", "--checkpoint", runs / "run1",
-                     "--steps=1", "--out", tmp_path)
-    assert "never shown the words elephant, moon" in printed and "circle" in printed
 
 
 @pytest.mark.parametrize("args, words", [
     ([], "no prompt"), (["--prompt", "a", " "], "prompt 2 is empty"), (["--prompt="], "no prompt"),
     (["--prompts_file=none.txt"], "none.txt"), (["--prompt=a", "--sampler=euler"], "there are heun"),
-    (["--prompt=a", "--steps=0"], "steps is 0"),
+    (["--prompt=a", "--steps=0"], "steps is 0"), (["--prompt=a", "--sigma_max=-1"], "sigma_max"),
     (["--prompt", "a", "b", "c", "--negative_prompt", "d", "e"], "2 negative prompts for 3 prompts"),
-    (["--prompt=a", "--sigma_max=-1"], "sigma_max"),
     (["--prompt=a", "--checkpoint=nothing"], "no checkpoint nothing"),
     (["--prompt=a", "--vae=other"], "unknown autoencoder"),
-    (["--prompt=a", "--checkpoint=README.md"], "not a whole checkpoint")])
+    (["--prompt=a", "--checkpoint=README.md"], "README.md is not a whole checkpoint")])
 def test_mistakes(script, runs, tmp_path, args, words):
-    where = [] if any("--checkpoint" in a for a in args) else ["--checkpoint", runs / "run1"]
-    assert words in script("sample.py", *args, *where, "--out", tmp_path / "out", fails=True)
+    given = [] if any("--checkpoint" in a for a in args) else ["--checkpoint", runs / "run1"]
+    assert words in script("sample.py", *args, *given, "--out", tmp_path / "out", fails=True)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_truncated_checkpoint_is_named(script, runs, tmp_path):
-    path = tmp_path / "step_00000006.safetensors"
-    path.write_bytes(next((runs / "run1").glob("step_00000006*")).read_bytes()[:-10])
-    assert f"{path} is not a whole checkpoint" in script("sample.py", "--prompt=a", "--checkpoint", path, fails=True)
-
-
-def test_grids_strips_and_which_run(script, runs, tmp_path, monkeypatch):
-    """The first of two batches is there although the second failed; at most 64 pictures a grid, with captions"""
+def test_grids_strips_and_which_run(script, runs, tmp_path):
+    """At most 64 pictures a grid, with captions; a strip of one picture's denoising"""
     printed = script("sample.py", "--prompt", PROMPTS[0], "--images_per_prompt=66", "--checkpoint", runs / "run1",
                      "--steps=1", "--batch_size=33", "--out", tmp_path / "many")
     assert "drawing 66 pictures of 16 px with run1/step_00000006" in printed
@@ -140,8 +121,9 @@ def test_grids_strips_and_which_run(script, runs, tmp_path, monkeypatch):
         assert first.width == 8 * (128 + 4) + 4 and second.height < first.height / 4
         pixels = np.asarray(second)
     assert tuple(pixels[0, 0]) == (208, 208, 208) and (pixels[140:160, :132] < 100).any()  # grey around, black letters
-    printed = script("sample.py", "--prompt", PROMPTS[0], "--checkpoint", runs / "run1", "--steps=12",
-                     "--progress_strip", "--out", tmp_path / "strip")
+    printed = script("sample.py", "--prompt", "a small red elephant on a moon", "--checkpoint", runs / "run1",
+                     "--steps=12", "--progress_strip", "--out", tmp_path / "strip")
+    assert "never shown the words elephant, moon" in printed and "circle" in printed
     with Image.open(tmp_path / "strip/00000_strip.png") as strip:
         assert strip.width == 8 * (128 + 4) + 4 and "00000_strip.png" in printed
         noisy, last = (np.asarray(strip.crop((4 + k * 132, 4, 132 + k * 132, 132))) for k in (0, 7))
@@ -153,15 +135,8 @@ def test_pictures_are_written_batch_by_batch(runs, tmp_path, monkeypatch):
     for name, value in {"prompt": tuple(PROMPTS), "checkpoint": (str(runs / "run1"),), "steps": 1, "batch_size": 1,
                         "out": str(tmp_path), "device": "cpu"}.items():
         monkeypatch.setattr(sample, name, value)
-    calls, real = [], pipeline.decode_images
-
-    def interrupted(vae, latents):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(vae, latents)
-
-    monkeypatch.setattr(pipeline, "decode_images", interrupted)
+    pictures = [Image.new("RGB", (16, 16))]
+    monkeypatch.setattr(pipeline, "decode_images", MagicMock(side_effect=[pictures, pictures, KeyboardInterrupt]))
     with pytest.raises(KeyboardInterrupt):
         sample.main()
     assert [p.name[:5] for p in sorted(tmp_path.glob("*.png"))] == ["00000", "00001"]
@@ -170,12 +145,13 @@ def test_pictures_are_written_batch_by_batch(runs, tmp_path, monkeypatch):
 def test_bfloat16_computes_as_training_does(runs):
     half = sample.load(runs / "run1", "cpu", dtype="bfloat16")
     assert {p.dtype for p in half.net.parameters()} == {half.net.pos_embed.dtype} == {torch.float32}
-    x, caption = torch.randn(2, 12, 8, 8, generator=torch.Generator().manual_seed(0)), half.text_encoder(PROMPTS[:2])
+    x = torch.randn(2, 12, 8, 8, generator=torch.Generator().manual_seed(0))
+    args = x, torch.zeros(2), half.text_encoder(PROMPTS[:2])
     with half.autocast():
-        ours = half.net(x, torch.zeros(2), caption)
+        ours = half.net(*args)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(ours, half.net(x, torch.zeros(2), caption))
-    assert not torch.equal(ours, half.net(x, torch.zeros(2), caption))
+        assert torch.equal(ours, half.net(*args))
+    assert not torch.equal(ours, half.net(*args))
 
 
 def test_every_process_has_a_gpu_of_its_own(monkeypatch):
@@ -186,23 +162,17 @@ def test_every_process_has_a_gpu_of_its_own(monkeypatch):
     assert str(machine.pick_device("auto")) == str(machine.pick_device("cuda")) == "cuda:3"
     assert str(machine.pick_device("cuda:1")) == "cuda:1" and str(machine.pick_device("cpu")) == "cpu"
     monkeypatch.delenv("LOCAL_RANK")
-    assert str(machine.pick_device(None)) == "cuda:0" and list(map(str, current)) == [
-        "cuda:3",
-        "cuda:3",
-        "cuda:1",
-        "cuda:0",
-    ]
+    assert str(machine.pick_device(None)) == "cuda:0"
+    assert list(map(str, current)) == ["cuda:3", "cuda:3", "cuda:1", "cuda:0"]
     with pytest.raises(ValueError, match="this machine has cuda"):
         machine.pick_device("mps" if not torch.backends.mps.is_available() else "tpu")
 
 
 def test_genevals_layout_by_two_processes_and_again(script, runs, tmp_path):
     metadata = [
-        {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a photo of a dog"},
         {"tag": "counting", "include": [{"class": "cup", "count": 2}], "exclude": [{"class": "cup", "count": 3}],
          "prompt": "a photo of two cups"},
-        {"tag": "colors", "include": [{"class": "car", "count": 1, "color": "red"}], "prompt": "a photo of a red car"},
-    ]  # fmt: skip
+        {"tag": "colors", "include": [{"class": "car", "count": 1, "color": "red"}], "prompt": "a photo of a red car"}]
     prompts = tmp_path / "evaluation_metadata.jsonl"
     prompts.write_text("".join(json.dumps(m) + "\n" for m in metadata))
     out = tmp_path / "geneval"
@@ -216,7 +186,7 @@ def test_genevals_layout_by_two_processes_and_again(script, runs, tmp_path):
         with Image.open(folder / "samples/0002.png") as image:
             assert image.text["prompt"] == m["prompt"] and image.text["seed"] == str(2024 + 4 * i + 2)
     before = {p: p.read_bytes() for p in out.rglob("*.png")}
-    assert len(before) == 12 and len(set(before.values())) == 12
+    assert len(before) == len(set(before.values())) == 8
     (out / "00001/samples/0001.png").unlink()
     script("sample.py", *args)
     assert {p: p.read_bytes() for p in out.rglob("*.png")} == before
