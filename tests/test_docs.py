@@ -53,7 +53,11 @@ def test_size():
     assert len(lines) <= 160 and len(blocks) == 2 and all(len(block.splitlines()) == 1 for block in blocks)
     assert not [line for line in lines if len(line) > 110 and line not in "".join(blocks)]
     assert not [line for page in PAGES.values() for line in page.splitlines() if len(line) > 120 and line not in lines]
-    (edited,) = re.findall(r"^```diff\n-(.*)$", PAGES["README.md"], re.M)  # the example of a change
+
+
+@pytest.mark.paper
+def test_the_example_edits_a_line_of_the_network():
+    (edited,) = re.findall(r"^```diff\n-(.*)$", PAGES["README.md"], re.M)
     assert edited in (ROOT / "model.py").read_text(encoding="utf-8")
 
 

@@ -16,12 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import model
 import train
 from common.files import write_json
+from configurator import script_settings
 from training import checkpoint, state
 from training.batches import Batches, prefetched, to_device
 from training.dataset import Dataset, Rows, write_shard
 from training.log import BINS, Log, Losses, Meter, by_level, noise_bins
 from training.optimizer import Average, Muon, Optimizer, orthogonal
 from training.processes import Processes
+from training.report import Report
 from training.state import State
 
 CPU = Processes(0, 1, torch.device("cpu"))
