@@ -1,7 +1,7 @@
 """
 Prepared data -> checkpoints.
 
-    python train.py config/tiny.py                                   # the laptop run, about ten minutes
+    python train.py config/tiny.py                                   # the laptop run, some ten minutes
     python train.py config/tiny.py --mask_ratio 0 --out runs/unmasked
     torchrun --nproc_per_node=8 train.py config/small.py             # one process per GPU (or CPU)
 

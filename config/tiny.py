@@ -1,5 +1,5 @@
 """
-The laptop run: 2.4 M parameters, the built-in drawn set at 32 px, about nine minutes on two CPU cores.
+The laptop run: 2.4 M parameters, the built-in drawn set at 32 px, 9 to 13 minutes on two CPU cores.
 
     python prepare_latents.py && python train.py config/tiny.py
 
