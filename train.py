@@ -186,6 +186,10 @@ def check_settings():
                           ("optimizer", ("adamw", "muon"))):
         if settings[name] not in options:
             raise ValueError(f"{name} is '{settings[name]}': it must be {' or '.join(options)}")
+    several_nodes = world > int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if overwrite and several_nodes and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        raise ValueError("--overwrite on several nodes with --max-restarts would delete the run again at a restart, as "
+                         f"nodes count their own: delete {out} by hand and leave --overwrite out")
     if wandb and not importlib.util.find_spec("wandb"):
         raise ValueError("--wandb needs Weights & Biases: pip install wandb")
     for name in ("mask_ratio", "caption_dropout", "ema_decay"):

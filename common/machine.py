@@ -39,6 +39,7 @@ def exit_with_parent():
     with contextlib.suppress(OSError):  # it may be gone already, and this process with init; not everywhere is a /proc
         command = Path(f"/proc/{parent}/cmdline").read_bytes()
         if not any(word in command for word in (b"python", b"torch")):
+            os.write(2, b"the launcher of this process is gone, so it ends: start it with torchrun or python itself\n")
             os._exit(1)
 
     def watch():

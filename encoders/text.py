@@ -17,7 +17,8 @@ T5_LENGTH = 120
 LIGATURES = [*range(0xFB00, 0xFB07), 0x132, 0x133, 0x149, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4)]
 CONTROLS = [*range(0x09), 0x0B, *range(0x0E, 0x20), 0x7F, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD)]
 REPAIRS = {c: unicodedata.normalize("NFKC", chr(c)) for c in (*LIGATURES, 0x3000, *range(0xFF01, 0xFFF0))}
-REPAIRS |= dict.fromkeys(CONTROLS) | dict.fromkeys(map(ord, "’‘‚‛ʼ"), "'") | dict.fromkeys(map(ord, "“”„‟"), '"')
+REPAIRS |= dict.fromkeys(CONTROLS) | dict.fromkeys(map(ord, "’‘‚‛ʼ"), "'")
+REPAIRS |= dict.fromkeys(map(ord, "“”„‟"), '"')
 
 
 def clean(text):

@@ -208,6 +208,12 @@ def test_settings_out_of_range_are_refused(monkeypatch):
             patch.setattr(train, "settings", good | {name: value}, raising=False)
             patch.setattr(train, name, value, raising=False)
             train.check_settings()
+    for name, value in (("WORLD_SIZE", "8"), ("LOCAL_WORLD_SIZE", "4"), ("TORCHELASTIC_MAX_RESTARTS", "3")):
+        monkeypatch.setenv(name, value)  # a restart would delete the run again
+    for name, value in (("settings", good), ("overwrite", True)):
+        monkeypatch.setattr(train, name, value, raising=False)
+    with pytest.raises(ValueError, match="--overwrite on several nodes"):
+        train.check_settings()
 
 
 def test_data_of_another_autoencoder_is_refused(fit, whole, shapes16, tmp_path):
