@@ -297,7 +297,7 @@ def main():
     if processes.rank == 0:  # only after everything that could be refused has been read
         if fresh:
             delete_run(out)
-        describe_run(out, run)
+        describe_run(out, run, state.step)
     report = Report(state, settings, (val_set, val_rows), autocast, processes)
     announce(state, rows, report, processes)
     batches = Batches(train_set, rows, micro_batch_size, batch_size // micro_batch_size, tokens=config.tokens,

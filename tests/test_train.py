@@ -319,3 +319,12 @@ def test_an_edited_network_trains(shapes16, tmp_path):
     assert tensors["model.blocks.0.mine.a.weight"].shape == (5, 32) and tensors["model.blocks.0.mine.seen"] > 0
     assert (tmp_path / "run/model.py").read_text() == source and run["model_sha256"] != checkpoint.code_hash()
     assert "of my layer" in launch("train.py", "--help", cwd=mine)
+    # under the paper's network, and after a further edit, its code is named
+    draw = ("sample.py", "--checkpoint", tmp_path / "run", "--prompt=a", "--steps=1", "--out", tmp_path / "out")
+    assert "is of another network than today's model.py builds" in launch(*draw, fails=True)
+    (mine / "model.py").write_text(source + "\n# edited again\n")
+    assert f"Its own is {tmp_path / 'run/model.py'}" in launch(*draw, cwd=mine)
+    assert f"Its own is {tmp_path / 'run/model.py'}" in launch("train.py", *args, "--max_steps=3", cwd=mine)
+    (again,) = (tmp_path / "run").glob("model.*.py")  # the first copy is kept, the run's last steps have their own
+    assert (tmp_path / "run/model.py").read_text() == source and again.read_text().endswith("again\n")
+    assert f"Its own is {again}" in launch(*draw, fails=True, traceback=True)

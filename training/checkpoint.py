@@ -124,13 +124,26 @@ def load_network(path, use_ema=True):
         return released.load(path)
     run, tensors = read(path, ("model.", "ema.") if use_ema else ("model.",))
     warn_of_other_code(run, path)
-    net = MicroDiT(MicroDiTConfig(**run["config"]))
-    net.load_state_dict(strip(tensors, "ema.") or strip(tensors, "model."))
+    try:
+        net = MicroDiT(MicroDiTConfig(**run["config"]))
+        net.load_state_dict(strip(tensors, "ema.") or strip(tensors, "model."))
+    except (TypeError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(f"{path} is of another network than today's model.py builds ({reason}): see the model.py in "
+                         "its folder") from None
     return net, run
+
+
+def code_copy(folder, sha256):
+    """Return where a run keeps the copy of a model.py that it went on with."""
+    return Path(folder) / f"model.{sha256[:8]}.py"
 
 
 def warn_of_other_code(run, path):
     """Say so if a checkpoint was made by another model.py than today's."""
-    if run.get("model_sha256", code_hash()) != code_hash():
+    made_by = run.get("model_sha256", code_hash())
+    if made_by != code_hash():
+        copy = code_copy(Path(path).parent, made_by)
+        copy = copy if copy.exists() else copy.with_name("model.py")
         print(f"warning: {path} was made with another model.py, so it may draw or train differently now. Its own is "
-              f"{Path(path).parent / 'model.py'}: copy it over model.py to have what made it", file=sys.stderr)
+              f"{copy}: copy it over model.py to have what made it", file=sys.stderr)

@@ -141,10 +141,16 @@ def delete_run(folder):
     shutil.rmtree(Path(folder) / "samples", ignore_errors=True)
 
 
-def describe_run(folder, run):
-    """Write run.json and a copy of model.py into the run's folder, and delete temporary files of a killed run."""
+def describe_run(folder, run, step):
+    """Write run.json and a copy of model.py into the run's folder, and delete temporary files of a killed run.
+
+    The copy that a run began with is kept when it goes on under another model.py, whose copy has its hash in its name.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder, ".tmp*")  # which the safetensors package left in runs of earlier versions
     write_json(folder / "run.json", run)
-    shutil.copyfile(model.__file__, folder / "model.py")
+    copy = folder / "model.py"
+    if step and copy.exists() and copy.read_bytes() != Path(model.__file__).read_bytes():
+        copy = checkpoint.code_copy(folder, run["model_sha256"])
+    shutil.copyfile(model.__file__, copy)
