@@ -38,9 +38,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.files import write_json, write_lines
+from common.hashing import tensors_hash
 from common.machine import pick_device
 from evaluation import geneval
-from evaluation.clip import Clip, tensors_hash
+from evaluation.clip import Clip
 from evaluation.detector import detect, load_detector, name_colors
 from evaluation.drawn import hash_of
 from evaluation.processes import gathered, join, processes, run_script

@@ -59,12 +59,12 @@ from tqdm import tqdm
 
 from common.files import write_json, write_lines
 from common.machine import pick_device, shared_store
-from encoders import load_text_encoder, load_vae, words_of
+from encoders import describe_vae, load_text_encoder, load_vae, words_of
 from pictures import shards
 from pictures.captions import caption_chooser
 from pictures.decode import Unusable, decode_ahead, start_workers
 from pictures.sources import drawn_parts, estimated_count, find_parts, fingerprint, share_out
-from training.dataset import FORMAT, read_info, write_shard
+from training.dataset import FORMAT, check_same_encoders, read_info, write_shard
 
 SHAPES_ROWS = 20_000
 # settings that may change between a run and its continuation
@@ -168,8 +168,7 @@ def set_up(folder, models, parts, total):
     autoencoder, text, _ = models
     kept = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items() if k not in NOT_COMPARED}
     info = {"format": FORMAT, "complete": False, "rows": 0, "skipped": {}, "captions_cut": 0, "shards": [], "words": [],
-            "vae": {"name": vae, "scaling_factor": autoencoder.scaling_factor,
-                    "latent_channels": autoencoder.latent_channels, "downsample": autoencoder.downsample},
+            "vae": describe_vae(autoencoder, vae),
             "text_encoder": {"name": text_encoder, "length": text.length, "dim": text.dim},
             "source_hash": fingerprint(parts), "caption_dtype": caption_dtype, "resolutions": list(resolutions),
             "settings": kept}
@@ -195,6 +194,7 @@ def check_continuation(folder, old, new):
     if differ:
         raise ValueError(f"{folder} was prepared with other settings ({'; '.join(differ)}): give another --out, or "
                          "--overwrite")
+    check_same_encoders(new, "now", old, folder)
     if not old["complete"] and old.get("source_hash", new["source_hash"]) != new["source_hash"]:
         raise ValueError(f"{source} has changed since {folder} was begun (files came, went or were renamed): restore "
                          "it, or begin again with --overwrite")

@@ -79,6 +79,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from common.machine import keep_freed_memory, pick_device
+from encoders import load_described_vae
 from model import MicroDiT, MicroDiTConfig, edm_loss, expert_tokens, kept_patches
 from training import checkpoint
 from training.batches import Batches
@@ -237,6 +238,13 @@ def new_state(config, run, device):
     return State(net, optimizers, Average(ema_decay, ema_start), run)
 
 
+def load_autoencoder(about, processes):
+    """Load the autoencoder of the data if checkpoints are to carry it, or sample pictures are to be drawn with it."""
+    if "config" in about:  # in float32, as checkpoints keep it
+        return load_described_vae(about, processes.device, torch.float32)
+    return load_described_vae(about, processes.device) if sample_every and processes.rank == 0 else None
+
+
 def wrap_network(net, processes):
     """Wrap the network in DDP for several processes, and compile it if asked."""
     if processes.world > 1:
@@ -290,6 +298,7 @@ def main():
                          "checkpoints or data")
 
     state = new_state(config, run, processes.device)
+    state.vae = load_autoencoder(train_set.info["vae"], processes)
     if resume:
         state.load(resume)
     elif init_from:

@@ -15,7 +15,12 @@ MOST = 64               # pictures of a grid
 
 def decode_images(vae, latents):
     """Decode latents (B,C,h,w) to a list of PIL images."""
-    pixels = (vae.decode(latents).float() / 2 + 0.5).clamp(0, 1) * 255
+    return to_images(vae.decode(latents))
+
+
+def to_images(pixels):
+    """Turn pictures (B,3,H,W) in [-1, 1] into a list of PIL images."""
+    pixels = (pixels.float() / 2 + 0.5).clamp(0, 1) * 255
     return [Image.fromarray(p) for p in pixels.round().byte().permute(0, 2, 3, 1).cpu().numpy()]
 
 

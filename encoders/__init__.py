@@ -2,7 +2,7 @@
 The frozen ends of the model: an autoencoder between pictures and latents, a text encoder from captions to embeddings.
 
 "pixels" and "words" stand in for the published ones: nothing to download, the same on every machine, and no weights.
-The published ones are in vae.py and text.py.
+The published ones are in vae.py and text.py, and the small autoencoder that train_vae.py trains is in tiny.py.
 """
 import hashlib
 import re
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 
 def load_vae(name, device="cpu", dtype=None, scaling_factor=None):
-    """Load the autoencoder `name`: "pixels", or a published one as a folder, a .safetensors file or a hub id.
+    """Load the autoencoder `name`: "pixels", train_vae.py's file, or a published one's folder, file or hub id.
 
     .posterior(images) -> mean, logvar; .encode(images, generator=None) -> scaled latents; .decode(latents) -> images.
     """
@@ -22,6 +22,37 @@ def load_vae(name, device="cpu", dtype=None, scaling_factor=None):
     check_name(name, "autoencoder", "pixels", "a folder, a .safetensors file or a hub id such as stabilityai/sdxl-vae")
     from encoders import vae
     return vae.load(name, device, dtype, scaling_factor)
+
+
+def describe_vae(vae, name):
+    """Return what data and checkpoints say of an autoencoder: its shape, and the hash of its weights where it has any.
+
+    One that travels in checkpoints is described well enough to be built from its tensors there.
+    """
+    about = {"name": str(name), "scaling_factor": vae.scaling_factor, "latent_channels": vae.latent_channels,
+             "downsample": vae.downsample}
+    if hasattr(vae, "sha256"):
+        about["sha256"] = vae.sha256
+    return about | ({"config": vae.config} if getattr(vae, "carried", False) else {})
+
+
+def load_described_vae(about, device="cpu", dtype=None, tensors=None):
+    """Load the autoencoder that describe_vae described, from the tensors of a checkpoint that carries it, or by name.
+
+    ValueError if there is another one under its name now.
+    """
+    if tensors:
+        from encoders import vae
+        return vae.build(about["config"], tensors, about["name"]).to(device, dtype)
+    try:
+        found = load_vae(about["name"], device, dtype, about["scaling_factor"])
+    except ValueError as error:
+        raise ValueError(f"{error}. The latents are of this autoencoder: restore it, or prepare them again") from None
+    if about.get("sha256", getattr(found, "sha256", None)) != getattr(found, "sha256", None):
+        raise ValueError(f"autoencoder {about['name']} is not the one that the latents are of (their weights' sha256 "
+                         f"is {about['sha256'][:12]}..., that of today's {found.sha256[:12]}...): restore it, or "
+                         "prepare the latents again")
+    return found
 
 
 def load_text_encoder(name, device="cpu", dtype=None):

@@ -15,8 +15,10 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+
+from common.hashing import tensors_hash
+from encoders import tiny
 
 SLICE = 4  # pictures that go through the network at once: memory depends on it and not on the batch
 # what diffusers assumes where a config.json says nothing; the scaling factor is not among them, on purpose
@@ -178,31 +180,40 @@ def load(name, device="cpu", dtype=None, scaling_factor=None):
     path, device = Path(name), torch.device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     config, tensors = read_single_file(path) if path.is_file() else read_folder(name)
-    config = DEFAULTS | config
-    config["scaling_factor"] = scaling_factor or config.get("scaling_factor")
-    check_config(config, name, dtype)
+    vae = build(config | ({"scaling_factor": scaling_factor} if scaling_factor else {}), tensors, name)
+    if dtype == torch.float16 and vae.config["force_upcast"]:
+        raise ValueError(f"autoencoder {name} overflows in float16, which gives black pictures (its config has "
+                         "force_upcast): use bfloat16 or float32, or madebyollin/sdxl-vae-fp16-fix")
+    return vae.to(device, dtype)
+
+
+def build(config, tensors, name):
+    """Return the autoencoder of a config and tensors; ValueError if they do not fit together."""
+    kind = tiny.TinyAutoencoder if config.get("_class_name") == tiny.TINY else KLAutoencoder
+    if kind is KLAutoencoder:
+        tensors = renamed(tensors, len((DEFAULTS | config)["block_out_channels"]))
+    check_config(config, name, kind)
     with torch.device("meta"):
-        vae = KLAutoencoder(config, str(name))
+        vae = kind(config, str(name))
     try:
-        vae.load_state_dict(renamed(tensors, len(config["block_out_channels"])), assign=True)
+        vae.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
         raise ValueError(f"autoencoder {name}: its weights do not fit its config: "
                          + " ".join(str(error).split())[:500]) from None
-    return vae.to(device, dtype).eval().requires_grad_(False)
+    vae.sha256 = tensors_hash(vae)
+    return vae.eval().requires_grad_(False)
 
 
-def check_config(config, name, dtype):
+def check_config(config, name, kind):
     unknown = {*config.get("down_block_types", ()), *config.get("up_block_types", ())}
     unknown -= {"DownEncoderBlock2D", "UpDecoderBlock2D"}
-    unknown |= {f"{key} {config[key]}" for key, built in BUILT.items() if config.get(key, built) != built}
+    built = tiny.BUILT if kind is tiny.TinyAutoencoder else BUILT
+    unknown |= {f"{key} {config[key]}" for key, value in built.items() if config.get(key, value) != value}
     if unknown:
         raise ValueError(f"autoencoder {name} is not of the kind that this code builds: {', '.join(unknown)}")
-    if not config["scaling_factor"]:
+    if kind is KLAutoencoder and not config.get("scaling_factor"):
         raise ValueError(f"autoencoder {name} does not name its scaling factor (a single file never does): give "
                          "scaling_factor (SDXL's is 0.13025)")
-    if dtype == torch.float16 and config["force_upcast"]:
-        raise ValueError(f"autoencoder {name} overflows in float16, which gives black pictures (its config has "
-                         "force_upcast): use bfloat16 or float32, or madebyollin/sdxl-vae-fp16-fix")
 
 
 def read_folder(name):
@@ -214,12 +225,14 @@ def read_folder(name):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"autoencoder {name}: {folder / 'config.json'} cannot be read ({error})") from None
-    return config, read_safetensors(folder / "diffusion_pytorch_model.safetensors")
+    return config, read_safetensors(folder / "diffusion_pytorch_model.safetensors")[1]
 
 
 def read_safetensors(path):
+    """Return (metadata, {name: tensor})."""
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} is missing or not a whole safetensors file ({error}): fetch it again") from None
 
@@ -254,15 +267,21 @@ def renamed(tensors, levels):
 
 
 def read_single_file(path):
-    """Read (config, tensors) of one file with the names of the LDM code; the tensors' shapes tell the config."""
+    """Read (config, tensors) of one file: train_vae.py's, a tiny autoencoder of diffusers, or one with the names of the
+    LDM code. Where the file has no config, the tensors' shapes tell it."""
     if path.suffix != ".safetensors":
         raise ValueError(f"autoencoder {path}: a file must be .safetensors, as others may run code when opened")
-    tensors, prefix = read_safetensors(path), "first_stage_model."
+    (metadata, tensors), prefix = read_safetensors(path), "first_stage_model."
+    if "run" in metadata and "config" in (run := json.loads(metadata["run"])):  # of train_vae.py
+        return run["config"], tensors
+    if "decoder.layers.0.weight" in tensors:
+        return tiny.config_of(tensors) | {"_class_name": tiny.TINY}, tensors
     if any(n.startswith(prefix) for n in tensors):  # a whole checkpoint, with its autoencoder in it
         tensors = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
     if "encoder.down.0.block.0.conv1.weight" not in tensors:
-        raise ValueError(f"autoencoder {path}: not an LDM autoencoder (no encoder.down.0.block.0.conv1.weight); a "
-                         "diffusers file belongs into a folder with its config.json")
+        raise ValueError(f"autoencoder {path}: not an LDM autoencoder (no encoder.down.0.block.0.conv1.weight), nor a "
+                         "tiny one (no decoder.layers.0.weight); a diffusers file belongs into a folder with its "
+                         "config.json")
     levels = len({n.split(".")[2] for n in tensors if n.startswith("encoder.down.")})
     return {
         "latent_channels": tensors["decoder.conv_in.weight"].shape[1],

@@ -4,9 +4,9 @@ CLIP's projected features of pictures and texts, through transformers: for CLIP 
     clip = Clip("openai/clip-vit-base-patch16")        # a hub id or a folder
     clip.image(pictures), clip.text(captions)           # (B, D) each, not normalised
 """
-import hashlib
-
 import torch
+
+from common.hashing import tensors_hash
 
 
 def load_model(kind, name, model_type, architecture):
@@ -65,13 +65,3 @@ class Clip:
 def clip_scores(images, texts):
     """Return the CLIP scores (B,) of features (B, D) row by row: 100 times the cosine, and at least 0."""
     return (100 * torch.nn.functional.cosine_similarity(images.double(), texts.double())).clamp_min(0)
-
-
-def tensors_hash(*modules):
-    """Return the sha256 of the names and bytes of all parameters and buffers that a checkpoint holds."""
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, t in sorted(module.state_dict().items()):
-            digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
-            digest.update(t.detach().contiguous().flatten().view(torch.uint8).cpu().numpy())
-    return digest.hexdigest()

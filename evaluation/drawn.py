@@ -15,8 +15,8 @@ import torch
 from tqdm import tqdm
 
 from common.files import write_json
+from common.hashing import tensors_hash
 from common.images import save_picture
-from evaluation.clip import tensors_hash
 from evaluation.processes import processes
 from sampling.pipeline import GROUP, generate
 

@@ -13,6 +13,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor
 
 import numpy as np
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 from common.machine import exit_with_parent
 
@@ -133,3 +134,19 @@ def decode_ahead(pictures, pool, ahead, resolutions, shortest):
         if len(waiting) > ahead:
             shard, entry = waiting.popleft()
             yield shard, entry and (entry[0], entry[1].result(), entry[2])
+
+
+def read_squares(parts, limit, side, shortest, workers):
+    """Decode the first `limit` pictures of a source's parts -> (uint8 (n, side, side, 3), ["NAME: why it is skipped"]).
+    """
+    samples = itertools.chain.from_iterable(part.samples(lambda position: True) for part in parts)
+    entries = itertools.islice(itertools.chain.from_iterable(samples), limit)
+    found, skipped = [], []
+    with start_workers(workers) as pool:
+        decoded = decode_ahead(((None, entry) for entry in entries), pool, 64, (side,), shortest)
+        for _, (name, picture, _) in tqdm(decoded, desc="reading pictures", unit=""):
+            if isinstance(picture, Unusable):
+                skipped.append(f"{name}: {picture}")
+            else:
+                found.append(picture[2][0])
+    return np.stack(found) if found else np.empty((0, side, side, 3), np.uint8), skipped

@@ -86,10 +86,15 @@ def place(rng, radii, relation):
 
 def coverage(shape, radius, center, size):
     """Return how much of each pixel the shape covers, (size, size) in [0, 1]; radius and center are in pixels."""
+    first, last = ([int(np.clip(c + side * radius + shift, 0, size)) for c in center]
+                   for side, shift in ((-1, 0), (1, 1)))  # the pixels that the shape can touch
     axis = (np.arange(size * SUPERSAMPLE) + 0.5) / SUPERSAMPLE
-    u, v = (axis - center[0])[None, :] / radius, (axis - center[1])[:, None] / radius
-    hit = INSIDE[shape](u, v).reshape(size, SUPERSAMPLE, size, SUPERSAMPLE)
-    return hit.mean((1, 3))
+    u, v = ((axis[a * SUPERSAMPLE:b * SUPERSAMPLE] - c) / radius for a, b, c in zip(first, last, center))
+    hit = INSIDE[shape](u[None, :], v[:, None])
+    alpha = np.zeros((size, size))
+    alpha[first[1]:last[1], first[0]:last[0]] = hit.reshape(len(v) // SUPERSAMPLE, SUPERSAMPLE, -1,
+                                                            SUPERSAMPLE).mean((1, 3))
+    return alpha
 
 
 def render(background, objects, centers, size):

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from common.images import decode_images
 from common.machine import pick_device
-from encoders import load_text_encoder, load_vae
+from encoders import load_described_vae, load_text_encoder, load_vae
 from model import MicroDiT
 from model import sample as draw_latents
 from training import checkpoint
@@ -73,10 +73,14 @@ def load(path, device=None, *, ema=True, vae="", text_encoder="", dtype="auto", 
     offload = offload == "yes" or offload == "auto" and small
     home = torch.device("cpu") if offload else device
     if vae in ("", data["vae"]["name"]):
-        scaling_factor = scaling_factor or data["vae"]["scaling_factor"]
+        about = data["vae"] | ({"scaling_factor": scaling_factor} if scaling_factor else {})
+        tensors = checkpoint.strip(checkpoint.read(path, ("vae.",))[1], "vae.") if "config" in about else None
+        autoencoder = load_described_vae(about, home, dtype, tensors)
+    else:
+        autoencoder = load_vae(vae, home, dtype, scaling_factor or None)
     pipeline = Pipeline(
         net.to(home).eval().requires_grad_(False),
-        load_vae(vae or data["vae"]["name"], home, dtype, scaling_factor or None),
+        autoencoder,
         load_text_encoder(text_encoder or data["text_encoder"]["name"], home, dtype),
         device, f"{path.parent.name}/{path.stem}", data.get("words", []), run["settings"].get("sample_guidance", 5.0),
         dtype, offload)

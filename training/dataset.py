@@ -71,11 +71,21 @@ def read_info(folder):
 
 
 def check_same_encoders(info, folder, other, other_name):
-    """Raise a ValueError if `folder` was prepared with another autoencoder or text encoder than `other` says."""
+    """Raise a ValueError if `folder` was prepared with another autoencoder or text encoder than `other` says.
+
+    Where both know the hash of the weights, it counts and the name does not.
+    """
     for key in ("vae", "text_encoder"):
-        if info[key] != other[key]:
-            raise ValueError(f"{folder} was prepared with {key} {info[key]}, but {other_name} with {other[key]}: use "
-                             "the same")
+        a, b = info[key], other[key]
+        hashed = "sha256" in a and "sha256" in b
+        compared = {*a, *b} - ({"name"} if hashed else {"sha256", "config"})
+        if any(a.get(k) != b.get(k) for k in compared):
+            raise ValueError(f"{folder} was prepared with {key} {short(a)}, but {other_name} with {short(b)}: use the "
+                             "same")
+
+
+def short(about):
+    return {k: v[:12] if k == "sha256" else v for k, v in about.items() if k != "config"}
 
 
 class Array:

@@ -13,7 +13,9 @@ import torch
 
 
 class Muon(torch.optim.Optimizer):
-    """Takes params of shape (..., rows, columns). Updates are scaled to suit AdamW's lr and weight_decay.
+    """Takes params of shape (..., rows, columns), or of convolutions, (O,I,h,w), as matrices of O rows.
+
+    Updates are scaled to suit AdamW's lr and weight_decay.
 
     As with torch's fused AdamW, nothing changes in a step when the attribute found_inf is set to a tensor that is true.
     """
@@ -30,13 +32,14 @@ class Muon(torch.optim.Optimizer):
             kept = torch.where(bad, 1.0, 1 - lr * group["weight_decay"])
             for p in group["params"]:
                 if p.grad is not None:
-                    by_shape.setdefault(p.shape[-2:], []).append(p)
+                    by_shape.setdefault((p.shape[0], p[0].numel()) if p.ndim == 4 else p.shape[-2:], []).append(p)
             for (rows, columns), params in by_shape.items():
-                stacked = torch.cat([self.momentum(p, group["momentum"], bad).view(-1, rows, columns) for p in params])
+                stacked = torch.cat([self.momentum(p, group["momentum"], bad).reshape(-1, rows, columns)
+                                     for p in params])
                 updates = orthogonal(stacked)
                 scale = 0.2 * max(rows, columns) ** 0.5  # root mean square 0.2, about that of AdamW's updates
                 for p, update in zip(params, updates.split([p.numel() // (rows * columns) for p in params])):
-                    p.mul_(kept).sub_(update.view_as(p), alpha=lr * scale)
+                    p.mul_(kept).sub_(update.reshape(p.shape), alpha=lr * scale)
 
     def momentum(self, p, decay, bad):
         """Update the momentum and return Nesterov's; zeros if the gradient is not to be used."""
@@ -55,10 +58,28 @@ def orthogonal(matrices, steps=5):
     if tall:
         x = x.mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(steps):  # the quintic whose coefficients lift small singular values fastest
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+    if x.dtype == torch.float32 and x.shape[2] > 1.5 * x.shape[1]:
+        x = product_of_steps(x @ x.mT, steps) @ x
+    else:
+        for _ in range(steps):  # the quintic whose coefficients lift small singular values fastest
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
     return (x.mT if tall else x).to(matrices.dtype)
+
+
+def product_of_steps(gram, steps):
+    """Return what all steps multiply a wide matrix by, from its Gram matrix alone: fewer products where it is wide.
+
+    Each step's polynomial commutes with the Gram matrix, which it takes to polynomial^2 * gram.
+    """
+    product = None
+    for i in range(steps):
+        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        polynomial.diagonal(dim1=1, dim2=2).add_(3.4445)
+        product = polynomial if product is None else polynomial @ product
+        if i < steps - 1:
+            gram = polynomial @ gram @ polynomial
+    return product
 
 
 def fast_bfloat16(device):
@@ -66,14 +87,20 @@ def fast_bfloat16(device):
     return device.type != "cpu" or "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
-class Optimizer:
-    """Is AdamW, or with kind "muon" Muon for the matrices of the blocks and AdamW for all else."""
+def is_block_matrix(name, parameter):
+    """Return whether a parameter of MicroDiT is a matrix of its blocks."""
+    return (parameter.ndim >= 2 and "modulation" not in name and "router" not in name
+            and name.startswith(("mixer.", "blocks.", "caption_block.")))
 
-    def __init__(self, net, kind, lr, *, betas, weight_decay):
+
+class Optimizer:
+    """Is AdamW, or with kind "muon" Muon for the parameters that is_matrix(name, parameter) names, AdamW for all else.
+    """
+
+    def __init__(self, net, kind, lr, *, betas, weight_decay, is_matrix=is_block_matrix):
         named = dict(net.named_parameters())
         self.device = next(iter(named.values())).device
-        matrices = [n for n, p in named.items() if kind == "muon" and p.ndim >= 2 and "modulation" not in n
-                    and "router" not in n and n.startswith(("mixer.", "blocks.", "caption_block."))]
+        matrices = [n for n, p in named.items() if kind == "muon" and is_matrix(n, p)]
         rest = [n for n in named if n not in matrices]
         adamw = torch.optim.AdamW([named[n] for n in rest], lr, betas=betas, eps=1e-8, weight_decay=weight_decay,
                                   fused=self.device.type != "mps")

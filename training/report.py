@@ -13,7 +13,6 @@ from PIL import Image
 from common.files import read_jsonl
 from common.images import BACKGROUND, GAP, decode_images, picture_grid, save_picture
 from common.plot import line_plot
-from encoders import load_vae
 from model import edm_loss
 from model import sample as draw_latents
 from training.batches import generator
@@ -42,9 +41,7 @@ class Report:
         self.meter = Meter(state.net.config, s, info["text_encoder"]["length"], half, processes)
         self.losses = Losses(s["p_mean"], s["p_std"], processes)
         self.log = Log(self.folder, state.step, not main, s["wandb"], s)
-        self.vae, self.warned = None, False
-        if main and s["sample_every"]:
-            self.vae = load_vae(info["vae"]["name"], processes.device, scaling_factor=info["vae"]["scaling_factor"])
+        self.warned = False
 
     def log_step(self, state, lr, grad_norm, masked):
         """Log the steps since the last time; ValueError if too many in a row had to be skipped."""
@@ -94,7 +91,7 @@ class Report:
         """Write sample pictures of the averaged weights, and draw progress.png again."""
         how = {"steps": self.settings["sample_steps"], "guidance_scale": self.settings["sample_guidance"]}
         with self.meter.paused():
-            images, texts = draw_samples(state.averaged_net, self.val_set, self.val_rows, self.vae, self.autocast, how)
+            images, texts = draw_samples(state.averaged_net, self.val_set, self.val_rows, state.vae, self.autocast, how)
             save_samples(self.folder, state.step, images, texts)
             draw_progress(self.folder)
 

@@ -26,6 +26,7 @@ class State:
     average: Average
     run: dict = field(default_factory=dict)  # what a checkpoint says of itself: config, settings, data, model_sha256
     step: int = 0
+    vae: object = None  # the autoencoder of the data, where it is wanted
 
     @property
     def averaged_net(self):
@@ -38,6 +39,8 @@ class State:
         if self.average.net:
             tensors |= {f"ema.{n}": t for n, t in self.average.net.state_dict().items()}
         tensors |= {f"optimizer.{n}": t for n, t in self.optimizer.tensors().items()}
+        if getattr(self.vae, "carried", False):
+            tensors |= {f"vae.{n}": t for n, t in self.vae.state_dict().items()}
         path = checkpoint.step_path(folder, self.step)
         checkpoint.save(path, tensors, self.run | {"step": self.step})
         older = [p for p in checkpoint.steps_of(folder) if p.name <= path.name]
