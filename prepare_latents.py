@@ -25,6 +25,8 @@ scaling_factor = 0.0        # of an autoencoder whose files do not name it (a si
 text_encoder = "words"      # text encoder
 resolutions = (32,)         # sides of the square pictures, in pixels; latents of every one are stored
 limit = 0                   # use at most so many pictures; 0: all (of the drawn set: 20,000)
+flips = False               # small sets: store a mirrored copy of every picture too
+shifts = 0                  # small sets: and so many copies that are moved by up to a twelfth of the side
 min_size = 0                # pictures with a shorter side are skipped; 0: the smallest of resolutions
 clean_captions = False      # for captions from the web: take out what is not about the picture (captions.py)
 nsfw_scores = ""            # DiffusionDB's metadata.parquet: leave out what it rates higher than max_nsfw
@@ -62,7 +64,7 @@ from common.machine import pick_device, shared_store
 from encoders import describe_vae, load_text_encoder, load_vae, words_of
 from pictures import shards
 from pictures.captions import caption_chooser
-from pictures.decode import Unusable, decode_ahead, start_workers
+from pictures.decode import Unusable, copies, decode_ahead, start_workers
 from pictures.sources import drawn_parts, estimated_count, find_parts, fingerprint, share_out
 from training.dataset import FORMAT, check_same_encoders, read_info, write_shard
 
@@ -132,7 +134,8 @@ def write_shards(writer, pictures, choose_caption, pool):
 
 def check_settings():
     for name, value, least in (("batch_size", batch_size, 1), ("shard_size", shard_size, 1), ("limit", limit, 0),
-                               ("resolutions", min(resolutions, default=0), 1), ("min_size", min_size, 0)):
+                               ("resolutions", min(resolutions, default=0), 1), ("min_size", min_size, 0),
+                               ("shifts", shifts, 0)):
         if value < least:
             raise ValueError(f"{name} is {value}: it must be at least {least}")
     if caption_dtype not in ("float16", "int8"):
@@ -205,6 +208,7 @@ def check_disk(folder, pictures, autoencoder, text):
     latents = sum(2 * autoencoder.latent_channels * (r // autoencoder.downsample) ** 2 for r in resolutions)
     each = latents + text.length * text.dim * (2 if caption_dtype == "float16" else 1 + 2 / 32) + 300
     above = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
+    pictures *= 1 + flips + shifts
     needed, free = pictures * each / 1e9, shutil.disk_usage(above).free / 1e9
     print(f"{folder}: about {pictures:,} pictures, {each / 1e3:,.1f} kB each, {needed:,.3f} GB in all; {free:,.3f} GB "
           "free", flush=True)
@@ -242,9 +246,10 @@ class ShardWriter:
             self.skipped.append({"source": name, "reason": str(decoded)})
             return
         width, height, squares = decoded
-        self.batch.append((squares, {"caption": caption, "source": name, "width": width, "height": height}))
-        if len(self.batch) == batch_size:
-            self.encode()
+        for source, copy in copies(name, squares, flips, shifts):
+            self.batch.append((copy, {"caption": caption, "source": source, "width": width, "height": height}))
+            if len(self.batch) == batch_size:
+                self.encode()
 
     def encode(self):
         self.lap("waiting for pictures")

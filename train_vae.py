@@ -16,7 +16,7 @@ out = "runs/vae"            # run folder
 resolution = 64             # side of the square pictures, in pixels
 limit = 8000                # use the first so many pictures of the source; they are kept in memory
 min_size = 0                # pictures with a shorter side are skipped; 0: the resolution
-downsample = 8              # how many times smaller the sides of the latents are: 4 or 8
+downsample = 8              # how many times smaller the sides of the latents are: 4, 8 or 16
 latent_channels = 16        # numbers at each place of the latents
 width = 96                  # channels at the coarsest level; finer ones have fewer
 latent_noise = 0.6          # most noise added to latents of variance 1: the decoder learns to clean up small errors
@@ -119,8 +119,8 @@ def check_settings():
                         ("absolute_error", 0)):
         if not least <= settings[name] < math.inf:
             raise ValueError(f"{name} is {settings[name]}: it must be a number from {least} on")
-    if downsample not in (4, 8) or resolution % downsample:
-        raise ValueError(f"downsample is {downsample}: it must be 4 or 8, and divide the resolution {resolution}")
+    if downsample not in (4, 8, 16) or resolution % downsample:
+        raise ValueError(f"downsample is {downsample}: it must be 4, 8 or 16, and divide the resolution {resolution}")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("it trains in one process: start it with python, not with torchrun")
 

@@ -5,6 +5,7 @@ import io
 import itertools
 import multiprocessing
 import os
+import random
 import signal
 import sys
 import warnings
@@ -84,6 +85,27 @@ def square(image, side):
         left, top = (image.width - side) // 2, (image.height - side) // 2
         image = image.crop((left, top, left + side, top + side))
     return np.array(image)
+
+
+def copies(name, squares, flips, shifts):
+    """Yield (name, squares) of a picture, and of its copies: one that is mirrored, and `shifts` that are moved.
+
+    Those are moved by up to a twelfth of the side, at random but the same for the same name, with what is at the border
+    repeated; with flips every second one is mirrored too.
+    """
+    yield name, squares
+    if flips:
+        yield f"{name} mirrored", [s[:, ::-1] for s in squares]
+    rng = random.Random(name)
+    for i in range(shifts):
+        dx, dy = ((2 * rng.random() - 1) / 12 for _ in "xy")
+        kept = [s[:, ::-1] if flips and i % 2 else s for s in squares]
+        yield f"{name} moved {i + 1}", [moved(s, round(dx * len(s)), round(dy * len(s))) for s in kept]
+
+
+def moved(square, dx, dy):
+    rows, columns = ((np.arange(len(square)) - d).clip(0, len(square) - 1) for d in (dy, dx))
+    return square[rows][:, columns]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

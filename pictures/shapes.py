@@ -194,33 +194,29 @@ def read_object(pixels, back, region):
     errors = {}
     for name, radius in SIZES.items():
         for shape in SHAPES:
-            for template, offset in templates(shape, radius * side):
-                top, left = (np.floor(middle).astype(int) - len(template) // 2)[::-1]
-                error = alpha_error(alpha, template, top, left)
-                if error < errors.get((name, shape), (np.inf,))[0]:
-                    errors[name, shape] = error, np.floor(middle) + offset
+            covers, norms, offsets = templates(shape, radius * side)
+            n = covers.shape[1]
+            left, top = np.floor(middle).astype(int) + n - n // 2
+            part = np.pad(alpha, n)[top:top + n, left:left + n]
+            # the squared difference, |a - t|^2 = |a|^2 + |t|^2 - 2 a.t, relative to the template's own square
+            error = ((alpha * alpha).sum() + norms - 2 * covers.reshape(len(norms), -1) @ part.ravel()) / norms
+            errors[name, shape] = error.min(), np.floor(middle) + offsets[error.argmin()]
     (size, shape), (error, center) = min(errors.items(), key=lambda item: item[1][0])
+    rival = min(other for (_, another), (other, _) in errors.items() if another != shape)
+    clear = error <= 0.3 and error <= 0.8 * rival  # of a smeared outline many shapes are about equally right
     # an error of 1 is that of an empty picture; of a network's rough outlines the size is the first to be legible
     return {"size": size if error <= 0.8 else None, "color": nearest(mean, COLORS),
-            "shape": shape if error <= 0.5 else None}, center
+            "shape": shape if clear else None}, center
 
 
 @cache
 def templates(shape, radius):
-    """Return [(coverage of a small window, offset of the centre)], the centre moved in half pixels."""
+    """Return what a shape covers of a small window, (49, n, n), its centre moved in half pixels; the sums of squares
+    (49,); and how far the centre was moved (49, 2)."""
     window = 2 * int(radius + 3)
-    shifts = np.arange(-1, 2.1, 0.5)
-    return [(coverage(shape, radius, (window / 2 + x, window / 2 + y), window), np.array([x, y]))
-            for x in shifts for y in shifts]
-
-
-def alpha_error(alpha, template, top, left):
-    """Return the squared difference to the template at (top, left), relative to the template's own square."""
-    size, n = len(alpha), len(template)
-    y0, x0, y1, x1 = max(top, 0), max(left, 0), min(top + n, size), min(left + n, size)
-    part, fit = alpha[y0:y1, x0:x1], template[y0 - top:y1 - top, x0 - left:x1 - left]
-    total, norm = (alpha * alpha).sum(), (template * template).sum()
-    return (total + norm - 2 * (part * fit).sum()) / norm  # |a - t|^2 = |a|^2 + |t|^2 - 2 a.t
+    shifts = [np.array([x, y]) for x in np.arange(-1, 2.1, 0.5) for y in np.arange(-1, 2.1, 0.5)]
+    covers = np.stack([coverage(shape, radius, window / 2 + shift, window) for shift in shifts])
+    return covers, (covers * covers).sum((1, 2)), shifts
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import torch
 from conftest import launch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import save_file
 from test_sources import PNG, encoded, noise, pair, prepare, tar_bytes, write
 
@@ -299,3 +300,23 @@ def test_several_folders_are_one_set(tmp_path):
                              ([tmp_path / "a", tmp_path / "c"], "differ in caption_dtype")):
         with pytest.raises(ValueError, match=message):
             Dataset(folders, 8)
+
+
+def test_mirrored_and_moved_copies(tmp_path):
+    rows = [np.asarray(shapes.scene(i, size=24)[0], float) for i in range(3)]
+    for i, row in enumerate(rows):
+        write(tmp_path / "photos", {f"{i}.png": encoded(Image.fromarray(row.astype(np.uint8)), "PNG"),
+                                    f"{i}.txt": f"picture {i}".encode()})
+    prepare("--source", tmp_path / "photos", "--out", tmp_path / "d", "--resolutions=24", "--flips", "--shifts=2",
+            "--batch_size=5", "--shard_size=2")
+    data = Dataset(tmp_path / "d", 12)
+    assert len(data) == 12 and data.texts(range(12)) == [f"picture {i}" for i in range(3) for _ in range(4)]
+    names = [row["source"] for row in lines_of(tmp_path / "d/00000.rows.jsonl")][:4]
+    assert names == ["0.png", "0.png mirrored", "0.png moved 1", "0.png moved 2"]
+    for i, row in enumerate(rows):
+        plain, mirrored, *shifted = [pixels(x, 1.36) for x in data.rows(range(4 * i, 4 * i + 4))[0]]
+        assert np.abs(plain - row).max() < 1 and np.abs(mirrored - row[:, ::-1]).max() < 1
+        for picture, original in zip(shifted, (row, row[:, ::-1])):
+            aside = [np.pad(original, ((2, 2), (2, 2), (0, 0)), "edge")[y:y + 24, x:x + 24]
+                     for y in range(5) for x in range(5)]
+            assert min(np.abs(picture - a).max() for a in aside) < 1

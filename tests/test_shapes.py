@@ -1,7 +1,7 @@
 """The drawn picture set and its reader."""
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from pictures import shapes
 
@@ -27,6 +27,15 @@ def test_the_reader_is_right_on_drawn_pictures(size, count):
     drawn = scenes(count, size=size) + scenes(count // 3, size=size, held_out=True)
     right = sum(shapes.read(image) == attributes for image, _, attributes in drawn)
     assert right >= 0.99 * len(drawn)
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_smeared_outlines_are_no_shapes(size):
+    """A blur of a sixth of the small objects' extent leaves places and colours, and blurs what tells shapes apart"""
+    blur = ImageFilter.GaussianBlur(0.05 * size)
+    right = shapes.score([image.filter(blur) for image, _, _ in scenes(60, size=size)],
+                         [attributes for _, _, attributes in scenes(60, size=size)])
+    assert right["size"][0] > 0.7 * right["size"][1] and right["shape"][0] < 0.6 * right["shape"][1]
 
 
 def test_scenes_are_deterministic_and_seeds_differ():
