@@ -14,7 +14,7 @@ from encoders import load_vae
 from model import kept_patches, patchify, unpatchify
 from pictures import shapes
 
-SIDE, GRID, SIGMA, MASK_RATIO = 144, 8, 0.7, 0.75     # pixels; 8 x 8 patches, as in config/tiny.py
+SIDE, GRID, SIGMA, MASK_RATIO = 144, 8, 0.7, 0.75     # pixels; 8 x 8 patches, as in config/small.py
 PANEL, TOP, LARGE, SMALL = 2 * SIDE, 140, ImageFont.load_default(30), ImageFont.load_default(26)
 
 

@@ -240,6 +240,16 @@ def table(study, results, point):
     return markdown(rows)
 
 
+def describe_set():
+    """Return in words which pictures the study is about."""
+    about = []
+    for folder in data:
+        info = read_info(min_side(folder)[0])
+        sizes = ", ".join(map(str, info["resolutions"]))
+        about.append(f"{folder}: {info['rows']:,} pictures of {sizes} px, autoencoder {info['vae']['name']}")
+    return "; ".join(about)
+
+
 def main(given=()):
     if not seeds or parallel < 0:
         raise ValueError(f"seeds {seeds}, parallel {parallel}: at least one seed, and parallel at least 0")
@@ -247,8 +257,9 @@ def main(given=()):
     study = open_study(chosen)
     run_all(chosen)
     results = read_results(study)
-    text = "\n\n".join(f"At equal {title}:\n\n{table(study, results, point)}"
-                       for point, title in (("flops", "training FLOPs"), ("steps", "steps")))
+    tables = (f"At equal {title}:\n\n{table(study, results, point)}"
+              for point, title in (("flops", "training FLOPs"), ("steps", "steps")))
+    text = "\n\n".join((describe_set(), *tables))
     Path(out, "table.md").write_text(text + "\n", encoding="utf-8")
     lines = {arm.name: band([r["points"]["flops"]["curve"] for r in results if r["arm"] == arm.name]) for arm in chosen}
     lines = {name: [p for p in points if p[0] > 0.15 * budget] for name, points in lines.items()}

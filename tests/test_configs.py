@@ -8,7 +8,9 @@ from conftest import ROOT, launch
 
 from common.flops import forward_flops, parameters
 from configurator import script_settings
+from encoders.tiny import TinyAutoencoder, config_for
 from model import MicroDiTConfig
+from training.checkpoint import save
 
 CONFIGS = sorted(p.stem for p in (ROOT / "config").glob("[!_]*.py"))
 LAPTOP = ("small", "tiny")
@@ -21,8 +23,12 @@ def read(name):
 
 
 @pytest.mark.parametrize("config", LAPTOP)
-def test_config(shapes32, tmp_path, config):
-    printed = launch("train.py", f"config/{config}.py", f"--data={shapes32}", f"--out={tmp_path / 'run'}",
+def test_config(tmp_path, config):
+    autoencoder = config_for(8, script_settings("train_vae.py")["latent_channels"], 48)
+    save(tmp_path / "vae.safetensors", TinyAutoencoder(autoencoder).state_dict(), {"config": autoencoder})
+    launch("prepare_latents.py", f"--vae={tmp_path / 'vae.safetensors'}", "--resolutions=64", "--limit=24",
+           f"--out={tmp_path / 'data'}")
+    printed = launch("train.py", f"config/{config}.py", f"--data={tmp_path / 'data'}", f"--out={tmp_path / 'run'}",
                      "--batch_size=4", "--micro_batch_size=4", "--max_steps=1", "--unmasked_steps=0",
                      "--sample_every=0", "--eval_every=0")
     size = re.search(r"([\d.]+) M parameters", printed).group(1)
@@ -66,12 +72,23 @@ def test_every_header_names_its_size_and_command(config):
     assert f"train.py config/{config}.py" in text
 
 
+def test_the_quick_start_prepares_what_its_config_trains_on():
+    (line,) = [line for line in (ROOT / "README.md").read_text().splitlines() if "prepare_latents.py --vae" in line
+               and "tiny.py" in line]
+    s, net = read("tiny")
+    assert f"--out {' '.join(s['data'])} " in line and "--vae runs/vae/vae.safetensors " in line
+    vae = script_settings("train_vae.py")
+    assert vae["out"] == "runs/vae" and f"--resolutions {vae['resolution']} " in line
+    assert vae["resolution"] // vae["downsample"] == net.latent_size
+
+
 def test_every_phase_has_a_data_order_of_its_own():
     assert len({read(config)[0]["seed"] for config in PHASES}) == len(PHASES)
 
 
 def test_the_quick_start_and_ci():
     first, second = re.findall(r"^```bash\n(.*)\n```$", (ROOT / "README.md").read_text(), re.M)
-    for words in ("venv", "pip install -r requirements.txt", "prepare_latents.py", "config/tiny.py", "sample.py"):
+    for words in ("venv", "pip install -r requirements.txt", "train_vae.py", "prepare_latents.py", "config/tiny.py",
+                  "sample.py"):
         assert words in first
     assert second in (ROOT / ".ci/run").read_text() and "requirements-dev.txt" in second and "pytest" in second

@@ -3,7 +3,6 @@
 import re
 import shlex
 import shutil
-import tarfile
 
 import numpy as np
 import pytest
@@ -14,9 +13,11 @@ from configurator import script_settings
 
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
 COMMANDS = {  # which test runs the commands of the pages that have such parts ("here": below), or why none does
-    "here": ("--source photos/ --out data/photos ", "--data data/photos ", "--checkpoint runs/photos", "docs/cifar.py",
-             "--source data/cifar10-", "--out runs/cifar", "training.export"),
-    "a download": ("-r requirements.txt", "-r requirements-dev.txt", "curl", "pip install", "img2dataset", "geneval"),
+    "here": ("--source photos/ --out data/photos ", "--data data/photos ", "--checkpoint runs/photos",
+             "training.export", "train_vae.py --source", "docs/real_pictures.py", "--source data/emoji",
+             "--source data/clothing", "--data data/emoji64", "--data data/clothing64"),
+    "a download": ("git clone", "-r requirements.txt", "-r requirements-dev.txt", "pip install", "img2dataset",
+                   "geneval"),
     "a download; tests/test_published.py has small ones": ("data/photos512", "--checkpoint VSehwag24"),
     "tests/test_datasets.py": ("sed -i", "torchrun --nproc_per_node=8 prepare_latents.py"),
     "tests/test_eval_fid.py has smaller ones": ("--captions coco", "--checkpoint runs/tiny"),
@@ -88,29 +89,32 @@ def test_links_lead_somewhere(page):
         assert target.exists() and anchor in ("", *anchors), (path, anchor)
 
 
-def test_photos_and_cifar(tmp_path):
+def test_photos_emoji_and_clothing(tmp_path):
     """The commands marked "here", with their files in a folder of the test and fewer steps"""
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "data").mkdir()
+    def picture(name, color):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (72, 70), (color, 90, 120)).save(tmp_path / name)
     for i in range(8):
-        Image.new("RGB", (40, 36), (30 * i, 90, 120)).save(tmp_path / f"photos/{i}.jpg")
+        picture(f"photos/{i}.jpg", 30 * i)
         (tmp_path / f"photos/{i}.txt").write_text("a photo of a cat")
-    records = np.random.default_rng(0).integers(0, 10, (9, 3073), dtype=np.uint8)
-    with tarfile.open(tmp_path / "data/cifar-10-binary.tar.gz", "w:gz") as tar:
-        for name in ("data_batch_1", "test_batch"):
-            records.tofile(tmp_path / name)
-            tar.add(tmp_path / name, f"cifar-10-batches-bin/{name}.bin")
+        picture(f"data/noto-emoji/png/72/emoji_u1f34{i}.png", 30 * i)
+        for part in ("train", "validation", "test"):
+            picture(f"data/clothing-dataset-small/{part}/{('hat', 'longsleeve')[i % 2]}/{i}.jpg", 30 * i)
+    picture("data/noto-emoji/png/72/emoji_u1f468_200d_1f33e.png", 0)  # of several code points, which have no name
     fewer = {"train.py": ("--max_steps=2", "--unmasked_steps=1", "--batch_size=4", "--micro_batch_size=4",
-                          "--sample_every=0"), "sample.py": ("--steps=2", f"--out={tmp_path}/samples")}
+                          "--sample_every=0"), "sample.py": ("--steps=2", f"--out={tmp_path}/samples"),
+             "train_vae.py": ("--max_steps=2", "--width=48")}
     for line in commands(PAGES["README.md"]) + commands(PAGES["measured.md"]):
         if any(part in line for part in COMMANDS["here"]):
             line = line.replace("runs/tiny", "runs/photos").replace("-m training.export", "training/export.py")
             _, *words = shlex.split(re.sub(r" (data/|runs/|photos/|tiny\.)", rf" {tmp_path}/\1", line))
             launch(*words, *fewer.get(words[0], ()))
-    with tarfile.open(tmp_path / "data/cifar10-val.tar") as tar:
-        assert tar.getnames()[:2] == ["00000.png", "00000.txt"] and len(tar.getnames()) == 18
-        pixels = np.asarray(Image.open(tar.extractfile("00003.png")))
-    assert np.array_equal(pixels[..., 1].ravel(), records[3, 1025:2049])
+    captions = {path.name: path.read_text() for path in (tmp_path / "data").glob("*/*/*.txt")}
+    assert len([name for name in captions if name.startswith("72-")]) == 8
+    assert captions["72-emoji_u1f347.txt"] == "grapes" and captions["hat-0.txt"] == "a photo of a hat"
+    assert captions["longsleeve-1.txt"] == "a photo of a long-sleeved shirt"
+    assert [len(list((tmp_path / f"data/clothing/{part}").glob("*.jpg"))) for part in ("train", "val")] == [8, 8]
+    assert [len(list((tmp_path / f"data/emoji/{part}").glob("*.png"))) for part in ("train", "val")] == [4, 4]
     assert list((tmp_path / "samples").glob("*.png")) and (tmp_path / "tiny.safetensors").exists()
 
 

@@ -1,6 +1,7 @@
 """studies: what arms cost, a small study from the first run to the table, and curves of several runs."""
 
 import json
+import re
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,6 +70,7 @@ def test_a_small_study_and_its_restart(study, tmp_path, monkeypatch):
     began = str(sorted((out / "base/seed3").glob("step_*"))[-1])  # where the masked run was
     assert (tail["init_from"], tail["init_optimizer"], tail["mask_ratio"], tail["seed"]) == (began, True, 0.0, 1003)
     text = (out / "table.md").read_text()
+    assert re.match(r".*: \d+ pictures of \d+ px, autoencoder pixels\n", text)
     assert "At equal training FLOPs" in text and "| base tail=0.25 mlp_ratio=0.5,1.0 | 1 | " in text
     assert "| color, % | size, % |" in text and "| 100 | 25 | 0 | 50 |" in text
     assert Image.open(out / "curves.png").size[0] > 500
