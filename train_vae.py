@@ -15,20 +15,16 @@ root = ""                   # folder that the names in a list of pictures start 
 out = "runs/vae"            # run folder
 resolution = 64             # side of the square pictures, in pixels
 limit = 8000                # use the first so many pictures of the source; they are kept in memory
-min_size = 0                # pictures with a shorter side are skipped; 0: the resolution
-downsample = 8              # how many times smaller the sides of the latents are: 4, 8 or 16
+downsample = 8              # how many times smaller the sides of the latents are: 4 or 8
 latent_channels = 4         # numbers at each place of the latents: few, so that they say more than pixels do
 width = 96                  # channels at the coarsest level; finer ones have fewer
 latent_noise = 0.6          # most noise added to latents of variance 1: the decoder learns to clean up small errors
-absolute_error = 0.2        # weight of the absolute error beside the squared one
 max_steps = 1600            # steps in all
 batch_size = 8              # pictures per step
 learning_rate = 4e-3        # of Muon for the convolutions, and of AdamW for all else; falls in the second half
 seed = 2024                 # of weights, data order, flips and noise
-log_every = 100             # steps between console lines
 eval_every = 600            # steps between validations, reconstructions and states to go on from
 device = "auto"             # cuda, mps or cpu; auto: the best there is
-workers = -1                # processes that decode pictures; 0: none; -1: this machine's cores
 overwrite = False           # delete what an earlier run left in `out`
 
 if __name__ == "__main__":
@@ -37,6 +33,7 @@ if __name__ == "__main__":
 import math
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -53,38 +50,61 @@ from training.log import Log, duration
 from training.optimizer import Optimizer
 from training.state import as_json, differences
 
-WARMUP = 40     # steps
-MOST_HELD = 256  # pictures to validate on: the last hundredth, never trained on
-SHOWN = 8       # of them in reconstructions.png
-NOT_COMPARED = ("out", "device", "workers", "overwrite", "log_every", "eval_every")
+WARMUP = 40                 # steps
+ABSOLUTE_ERROR = 0.2        # weight of the absolute error beside the squared one
+LOG_EVERY = 100             # steps between console lines
+MOST_HELD, SHOWN = 256, 8   # pictures to validate on, the last hundredth; of these in reconstructions.png
+NOT_COMPARED = ("out", "device", "overwrite", "eval_every")
 
 
-def train(net, norm, optimizer, images, held, first_step, save):
+@dataclass
+class State:
+    """Holds what a run goes on with. norm gives the latents variance 1; at the end the encoder absorbs it."""
+    net: TinyAutoencoder
+    norm: torch.nn.BatchNorm2d
+    optimizer: Optimizer
+    step: int = 0
+
+    def save(self, path, about):
+        parts = {"net": self.net.state_dict(), "norm": self.norm.state_dict(), "optimizer": self.optimizer.tensors()}
+        tensors = {f"{part}.{name}": t for part, found in parts.items() for name, t in found.items()}
+        checkpoint.save(path, tensors, about | {"step": self.step})
+
+    def load(self, path):
+        run, tensors = checkpoint.read(path, ("",))
+        self.net.load_state_dict(checkpoint.strip(tensors, "net."))
+        self.norm.load_state_dict(checkpoint.strip(tensors, "norm."))
+        self.optimizer.load(checkpoint.strip(tensors, "optimizer."))
+        self.step = run["step"]
+
+
+def train(state, images, held, save):
     """Train until max_steps on the squared and absolute error of pictures, which come out of noisy latents."""
-    log, clock, done = Log(out, first_step), time.time(), first_step
-    for step in range(first_step, max_steps):
-        g = generator(seed, step)
+    net, log, clock, done = state.net, Log(out, state.step), time.time(), state.step
+    while state.step < max_steps:
+        g = generator(seed, state.step)
         batch = images[torch.randint(len(images), (batch_size,), generator=g)]
         flipped = torch.rand(batch_size, 1, 1, 1, generator=g) < 0.5
         x = as_input(torch.where(flipped, batch.flip(2), batch), net)
-        z = norm(net.latents_of(x))  # (B,C,h,w) of variance 1
+        z = state.norm(net.latents_of(x))  # (B,C,h,w) of variance 1
         noise = latent_noise * torch.rand(batch_size, 1, 1, 1, generator=g) * torch.randn(z.shape, generator=g)
         wrong = net.images_of(z + noise.to(z)) - x
-        (wrong.square().mean() + absolute_error * wrong.abs().mean()).backward()
-        optimizer.step(learning_rate_at(step), torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0))
-        step += 1
-        last = step == max_steps
-        if step % log_every == 0 or last:
+        (wrong.square().mean() + ABSOLUTE_ERROR * wrong.abs().mean()).backward()
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        state.optimizer.step(learning_rate_at(state.step), norm)
+        state.step += 1
+        step, last = state.step, state.step == max_steps
+        if step % LOG_EVERY == 0 or last:
             error, rate = wrong.detach().square().mean().item(), (step - done) / (time.time() - clock)
             log(f"step {step:6,}/{max_steps:,} | squared error {error:.4f} | {rate * batch_size:,.0f} images/s | "
                 f"{duration((max_steps - step) / rate)} left", step=step, loss=error, images_per_s=rate * batch_size)
             if not math.isfinite(error):
                 raise ValueError(f"the error at step {step:,} is {error}: try a lower --learning_rate")
         if step % eval_every == 0 or last:
-            validate(net, norm, held, step, log)
+            validate(state, held, log)
             if not last:
-                save(step)
-        if step % log_every == 0 or step % eval_every == 0:
+                save()
+        if step % LOG_EVERY == 0 or step % eval_every == 0:
             clock, done = time.time(), step
 
 
@@ -99,9 +119,9 @@ def as_input(pictures, net):
 
 
 @torch.no_grad()
-def validate(net, norm, held, step, log):
+def validate(state, held, log):
     """Log the error of held-out pictures, and show the first of them above their reconstructions."""
-    norm.eval()
+    net, norm, step = state.net, state.norm.eval(), state.step
     given = [as_input(part, net) for part in held.split(16)]
     made = [net.images_of(norm(net.latents_of(x))) for x in given]
     norm.train()
@@ -115,20 +135,18 @@ def validate(net, norm, held, step, log):
 
 def check_settings():
     for name, least in (("resolution", 8), ("limit", 2), ("latent_channels", 1), ("max_steps", 1), ("batch_size", 2),
-                        ("log_every", 1), ("eval_every", 1), ("min_size", 0), ("learning_rate", 0), ("latent_noise", 0),
-                        ("absolute_error", 0)):
+                        ("eval_every", 1), ("learning_rate", 0), ("latent_noise", 0)):
         if not least <= settings[name] < math.inf:
             raise ValueError(f"{name} is {settings[name]}: it must be a number from {least} on")
-    if downsample not in (4, 8, 16) or resolution % downsample:
-        raise ValueError(f"downsample is {downsample}: it must be 4, 8 or 16, and divide the resolution {resolution}")
+    if downsample not in (4, 8) or resolution % downsample:
+        raise ValueError(f"downsample is {downsample}: it must be 4 or 8, and divide the resolution {resolution}")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("it trains in one process: start it with python, not with torchrun")
 
 
 def load_pictures(parts):
     """Return (pictures to train on, pictures to validate on), uint8 (n, resolution, resolution, 3)."""
-    n = 0 if workers < 0 and source == "shapes" else workers  # "shapes" needs no decoding
-    images, skipped = read_squares(parts, limit, resolution, min_size or resolution, n)
+    images, skipped = read_squares(parts, limit, resolution, workers=0 if source == "shapes" else -1)
     if skipped:
         print(f"{len(skipped):,} pictures cannot be used, the first is {skipped[0]}")
     if len(images) < 2:
@@ -147,6 +165,25 @@ def is_there(path, about):
     return True
 
 
+def new_state(config):
+    """Return a State with random weights, of the seed."""
+    torch.manual_seed(seed)
+    net = TinyAutoencoder(config).to(pick_device(device), memory_format=torch.channels_last)
+    norm = torch.nn.BatchNorm2d(latent_channels, affine=False, momentum=0.05).to(pick_device(device))
+    return State(net, norm, Optimizer(net, "muon", learning_rate, betas=(0.9, 0.99), weight_decay=0.0,
+                                      is_matrix=lambda name, parameter: parameter.ndim == 4))
+
+
+@torch.no_grad()
+def absorb_norm(state, images):
+    """Make the norm part of the encoder, with the mean and variance of pictures as they are now."""
+    state.norm.reset_running_stats()
+    state.norm.momentum = None  # the mean of all that follow, in place of a moving one, which lags behind
+    for part in images[:512].split(16):
+        state.norm(state.net.latents_of(as_input(part, state.net)))
+    state.net.absorb(state.norm)
+
+
 def main():
     check_settings()
     file, state_file = Path(out) / "vae.safetensors", Path(out) / "state.safetensors"
@@ -160,35 +197,16 @@ def main():
     images, held = load_pictures(parts)
 
     keep_freed_memory()
-    torch.manual_seed(seed)
-    net = TinyAutoencoder(about["config"]).to(pick_device(device), memory_format=torch.channels_last)
-    norm = torch.nn.BatchNorm2d(latent_channels, affine=False, momentum=0.05).to(pick_device(device))
-    optimizer = Optimizer(net, "muon", learning_rate, betas=(0.9, 0.99), weight_decay=0.0,
-                          is_matrix=lambda name, parameter: parameter.ndim == 4)
-    first_step = 0
+    state = new_state(about["config"])
     if is_there(state_file, about):
-        run, tensors = checkpoint.read(state_file, ("",))
-        net.load_state_dict(checkpoint.strip(tensors, "net."))
-        norm.load_state_dict(checkpoint.strip(tensors, "norm."))
-        optimizer.load(checkpoint.strip(tensors, "optimizer."))
-        first_step = run["step"]
+        state.load(state_file)
     Path(out).mkdir(parents=True, exist_ok=True)
-    going_on = f", going on from step {first_step:,}" if first_step else ""
-    print(f"{out}: {sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters, {len(images):,} pictures, "
+    going_on = f", going on from step {state.step:,}" if state.step else ""
+    print(f"{out}: {sum(p.numel() for p in state.net.parameters()) / 1e6:.1f} M parameters, {len(images):,} pictures, "
           f"{max_steps:,} steps of {batch_size}{going_on}", flush=True)
-
-    def save(step):
-        owners = {"net": net.state_dict(), "norm": norm.state_dict(), "optimizer": optimizer.tensors()}
-        tensors = {f"{owner}.{name}": t for owner, found in owners.items() for name, t in found.items()}
-        checkpoint.save(state_file, tensors, about | {"step": step})
-    train(net, norm, optimizer, images, held, first_step, save)
-    with torch.no_grad():
-        norm.reset_running_stats()
-        norm.momentum = None  # the mean of all that follow, in place of a moving one, which lags behind
-        for part in images[:512].split(16):
-            norm(net.latents_of(as_input(part, net)))
-    net.absorb(norm)
-    checkpoint.save(file, net.state_dict(), about)
+    train(state, images, held, lambda: state.save(state_file, about))
+    absorb_norm(state, images)
+    checkpoint.save(file, state.net.state_dict(), about)
     state_file.unlink(missing_ok=True)
     print(f"done: {file}. Use it with: python prepare_latents.py --vae {file} --resolutions {resolution} ...")
 

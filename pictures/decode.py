@@ -158,14 +158,16 @@ def decode_ahead(pictures, pool, ahead, resolutions, shortest):
             yield shard, entry and (entry[0], entry[1].result(), entry[2])
 
 
-def read_squares(parts, limit, side, shortest, workers):
+def read_squares(parts, limit, side, workers):
     """Decode the first `limit` pictures of a source's parts -> (uint8 (n, side, side, 3), ["NAME: why it is skipped"]).
+
+    Those with a shorter side than `side` are skipped.
     """
     samples = itertools.chain.from_iterable(part.samples(lambda position: True) for part in parts)
     entries = itertools.islice(itertools.chain.from_iterable(samples), limit)
     found, skipped = [], []
     with start_workers(workers) as pool:
-        decoded = decode_ahead(((None, entry) for entry in entries), pool, 64, (side,), shortest)
+        decoded = decode_ahead(((None, entry) for entry in entries), pool, 64, (side,), side)
         for _, (name, picture, _) in tqdm(decoded, desc="reading pictures", unit=""):
             if isinstance(picture, Unusable):
                 skipped.append(f"{name}: {picture}")

@@ -20,8 +20,7 @@ from pictures import shapes
 TAESD = {"latent_channels": 4}  # everything else is the default, as in madebyollin/taesd and taesdxl
 CONFIGS = [TAESD, {"latent_channels": 16, "encoder_block_out_channels": [32] * 3, "num_encoder_blocks": [0, 2, 1],
                    "decoder_block_out_channels": [16] * 3, "num_decoder_blocks": [1, 0, 2], "scaling_factor": 0.5}]
-VAE = ("--resolution=16", "--limit=60", "--max_steps=30", "--width=48", "--latent_channels=4", "--eval_every=10",
-       "--log_every=5")
+VAE = ("--resolution=16", "--limit=60", "--max_steps=30", "--width=48", "--latent_channels=4", "--eval_every=10")
 
 
 @pytest.mark.parametrize("config", CONFIGS)
