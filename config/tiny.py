@@ -1,5 +1,5 @@
 """
-The laptop run: 2.4 M parameters, the drawn set at 64 px in the latents of train_vae.py, ten minutes on two CPU cores
+The laptop run: 2.4 M parameters, the drawn set at 64 px in the latents of train_vae.py, 11 minutes on two CPU cores
 with its autoencoder.
 
     python train_vae.py
