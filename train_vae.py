@@ -190,20 +190,22 @@ def main():
     parts = drawn_parts(range(limit), resolution, limit) if source == "shapes" else find_parts(source, limit, root)
     about = as_json({"settings": {k: v for k, v in settings.items() if k not in NOT_COMPARED},
                      "source": fingerprint(parts), "config": config_for(downsample, latent_channels, width)})
-    for path in (file, state_file) if overwrite else ():
-        path.unlink(missing_ok=True)
-    if is_there(file, about):
+    if not overwrite and is_there(file, about):
         return print(f"{file} is there already, of this very run")
+    going_on = not overwrite and is_there(state_file, about)
     images, held = load_pictures(parts)
 
     keep_freed_memory()
     state = new_state(about["config"])
-    if is_there(state_file, about):
+    if going_on:
         state.load(state_file)
+    elif overwrite:  # only after everything that could be refused has been read
+        file.unlink(missing_ok=True)
+        state_file.unlink(missing_ok=True)
     Path(out).mkdir(parents=True, exist_ok=True)
-    going_on = f", going on from step {state.step:,}" if state.step else ""
+    where = f", going on from step {state.step:,}" if state.step else ""
     print(f"{out}: {sum(p.numel() for p in state.net.parameters()) / 1e6:.1f} M parameters, {len(images):,} pictures, "
-          f"{max_steps:,} steps of {batch_size}{going_on}", flush=True)
+          f"{max_steps:,} steps of {batch_size}{where}", flush=True)
     train(state, images, held, lambda: state.save(state_file, about))
     absorb_norm(state, images)
     checkpoint.save(file, state.net.state_dict(), about)

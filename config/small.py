@@ -1,6 +1,6 @@
 """
 The same set with a larger network, 18.9 M parameters, and 75 % of the patches masked in the first half of its steps:
-for an hour or two on two CPU cores or minutes on a GPU. Its scores are not measured yet.
+for two CPU cores or a GPU. Neither its time nor its scores are measured yet.
 
     python train.py config/small.py         # after the autoencoder and the preparation of config/tiny.py
 """

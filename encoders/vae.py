@@ -2,6 +2,7 @@
 The KL autoencoder of latent diffusion (Rombach et al. 2022), for inference, with the tensor names of diffusers' files.
 
     vae = load("stabilityai/sdxl-vae")          # a hub id, a folder, or one .safetensors file in the LDM format
+                                                # (or a small autoencoder, which tiny.py builds, as such or our file)
     latents = vae.encode(images, generator)     # scaled, as the diffusion network sees them
     images = vae.decode(latents)
 
@@ -274,14 +275,14 @@ def read_single_file(path):
     (metadata, tensors), prefix = read_safetensors(path), "first_stage_model."
     if "run" in metadata and "config" in (run := json.loads(metadata["run"])):  # of train_vae.py
         return run["config"], tensors
-    if "decoder.layers.0.weight" in tensors:
+    if {"encoder.layers.0.weight", "decoder.layers.0.weight"} <= tensors.keys():
         return tiny.config_of(tensors) | {"_class_name": tiny.TINY}, tensors
     if any(n.startswith(prefix) for n in tensors):  # a whole checkpoint, with its autoencoder in it
         tensors = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
     if "encoder.down.0.block.0.conv1.weight" not in tensors:
         raise ValueError(f"autoencoder {path}: not an LDM autoencoder (no encoder.down.0.block.0.conv1.weight), nor a "
-                         "tiny one (no decoder.layers.0.weight); a diffusers file belongs into a folder with its "
-                         "config.json")
+                         "whole tiny one (no encoder.layers.0.weight and decoder.layers.0.weight); a diffusers file "
+                         "belongs into a folder with its config.json")
     levels = len({n.split(".")[2] for n in tensors if n.startswith("encoder.down.")})
     return {
         "latent_channels": tensors["decoder.conv_in.weight"].shape[1],

@@ -11,10 +11,12 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, launch, log_of
 from PIL import Image
+from safetensors.torch import save_file
 from test_vae import WEIGHTS, some_images
 
 import encoders
 from common.images import to_images
+from encoders import tiny
 from pictures import shapes
 
 TAESD = {"latent_channels": 4}  # everything else is the default, as in madebyollin/taesd and taesdxl
@@ -52,6 +54,13 @@ def test_another_kind_of_it_is_refused(tmp_path, changes, message):
     (tmp_path / "config.json").write_text(json.dumps(config | changes))
     with pytest.raises(ValueError, match=message):
         encoders.load_vae(str(tmp_path))
+
+
+def test_half_of_one_is_refused(tmp_path):
+    half = {n: t for n, t in tiny.TinyAutoencoder(TAESD).state_dict().items() if n.startswith("decoder")}
+    save_file(half, tmp_path / "decoder.safetensors")
+    with pytest.raises(ValueError, match="nor a whole tiny one"):
+        encoders.load_vae(str(tmp_path / "decoder.safetensors"))
 
 
 def train_vae(out, *args, **kw):
@@ -113,6 +122,12 @@ def test_a_killed_training_ends_the_same(tmp_path):
     assert "going on from step" in train_vae(tmp_path / "cut", *args)
     assert (tmp_path / "cut/vae.safetensors").read_bytes() == (tmp_path / "whole/vae.safetensors").read_bytes()
     assert "is there already" in train_vae(tmp_path / "cut", *args)
+    train_vae(tmp_path / "cut", "--overwrite", "--source=nowhere", fails=True)  # and deletes nothing
+    assert (tmp_path / "cut/vae.safetensors").exists()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/a.png").write_bytes(b"not a picture")
+    train_vae(tmp_path / "cut", "--overwrite", f"--source={tmp_path / 'empty'}", fails=True)
+    assert (tmp_path / "cut/vae.safetensors").exists()
     assert not (tmp_path / "cut/state.safetensors").exists()
 
 
