@@ -14,12 +14,12 @@ import sys
 from configurator import configure, script_settings
 
 configs = ()                # config files; they may also come first, without --configs
-batch_size = 4              # pictures per step of the small run without configs
-mask_ratio = 0.75           # of that run
-rounds = 5                  # everything is timed so often; the median counts
-gpus = 8                    # for the recipe; every one has its share of the global batch
-price = 3.75                # dollars for an hour of one GPU
-assumed_mfu = 0.5           # for the recipe where there is no measurement
+batch_size = 4              # pictures per step of the small run without configs (>= 1)
+mask_ratio = 0.75           # of that run (>= 0, < 1)
+rounds = 5                  # everything is timed so often; the median counts (>= 1)
+gpus = 8                    # for the recipe; every one has its share of the global batch (>= 1)
+price = 3.75                # dollars for an hour of one GPU (>= 0)
+assumed_mfu = 0.5           # for the recipe where there is no measurement (> 0, <= 1)
 loader = ""                 # prepared folder whose rows are to be read
 profile = False             # also list the operators that take longest
 device = "auto"             # cuda, mps or cpu; auto: the best there is

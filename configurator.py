@@ -4,13 +4,19 @@ Settings of a script: its own defaults < a config file < the command line.
     python train.py config/tiny.py --batch_size=32 --compile --out runs/mine
 
 A script keeps its settings as plain module-level assignments, each with a comment, and then calls configure(globals()).
-A config file is a Python file of such assignments. An unknown name or a value of another type ends the script with one
-message, before anything heavy is imported or anything is written; --help prints every setting with default and comment.
+A comment may state what values are allowed, in parentheses: "(>= 0, < 1)" or "(cosine | constant)". Numbers must be
+finite in any case. A config file is a Python file of such assignments. An unknown name, a value of another type or one
+out of range ends the script with one message, before anything heavy is imported or anything is written; --help prints
+every setting with default and comment.
 """
 import ast
 import difflib
+import functools
 import importlib.util
 import io
+import math
+import operator
+import re
 import sys
 import tokenize
 import types
@@ -18,6 +24,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 FROM_DATA = ("latent_channels", "caption_dim")  # fields of the network's dataclass that the data decide
+COMPARISONS = {">=": (operator.ge, "at least"), "<=": (operator.le, "at most"), ">": (operator.gt, "above"),
+               "<": (operator.lt, "below")}
+BOUND = r"([<>]=?) (-?[\d.e-]+)"
+RANGE = re.compile(rf"\({BOUND}(?:, {BOUND})?\)")
+CHOICE = re.compile(r"\((\w+(?: \| \w+)+)\)")
 
 
 def configure(module, network=""):
@@ -26,13 +37,16 @@ def configure(module, network=""):
     network names a dataclass, as "model.MicroDiTConfig", whose fields are settings too. They are in the dict alone.
     """
     script = Path(module["__file__"])
+    sys.excepthook = functools.partial(end_in_one_line, script.name)
     try:
         if any(arg in ("--help", "-h") for arg in sys.argv[1:]):
             print_help(module.get("__doc__"), read_defaults(script))
             raise SystemExit(0)
-        defaults = {name: default for name, (default, _) in read_defaults(script).items()}
+        described = read_defaults(script)
+        defaults = {name: default for name, (default, _) in described.items()}
         config_file, overrides = parse_command_line(sys.argv[1:], defaults)
         settings = defaults | (read_config(config_file, defaults) if config_file else {}) | overrides
+        check(settings, described)
     except ValueError as error:
         raise SystemExit(f"{script.name}: {error}") from None
     if importlib.util.find_spec("torch") is None:
@@ -40,6 +54,14 @@ def configure(module, network=""):
                          "`source .venv/bin/activate`, or pip install -r requirements.txt")
     module.update({name: value for name, value in settings.items() if name in module})
     return settings
+
+
+def end_in_one_line(script, kind, error, traceback):
+    """Show no traceback for Ctrl-C while the script still imports what it needs."""
+    if issubclass(kind, KeyboardInterrupt):
+        print(f"{script}: stopped", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
 
 
 def script_settings(script, config=None):
@@ -59,17 +81,40 @@ def read_defaults(script):
         elif isinstance(node, ast.If):
             calls = [call for call in ast.walk(node) if isinstance(call, ast.Call)]
             named = [k.value.value for call in calls for k in call.keywords if k.arg == "network"]
-            return found | (read_fields(*named[0].split(".")) if named else {})
+            fields = read_fields(*named[0].split(".")) if named else {}
+            return found | {name: field for name, field in fields.items() if name not in FROM_DATA}
     return found
 
 
 def read_fields(module, name):
-    """Return {field: (default, comment)} of a dataclass in a file at the top, but for those that come from the data."""
+    """Return {field: (default, comment)} of a dataclass in a file at the top."""
     source = (ROOT / f"{module}.py").read_text(encoding="utf-8")
     comments = trailing_comments(source, 4)
     (body,) = (n.body for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == name)
     return {n.target.id: (ast.literal_eval(n.value), comments.get(n.target.id, "")) for n in body
-            if isinstance(n, ast.AnnAssign) and n.target.id not in FROM_DATA}
+            if isinstance(n, ast.AnnAssign)}
+
+
+def check(settings, described):
+    """Raise ValueError for a setting that is not finite or not what its comment allows; described: {name: (default,
+    comment)}."""
+    for name, value in settings.items():
+        bounds, options = allowed(described[name][1])
+        for v in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(v, float) and not math.isfinite(v):
+                raise ValueError(f"{name} is {value}: it must be finite")
+            if not all(COMPARISONS[sign][0](v, bound) for sign, bound in bounds):
+                words = " and ".join(f"{COMPARISONS[sign][1]} {bound:g}" for sign, bound in bounds)
+                raise ValueError(f"{name} is {value}: it must be {words}")
+            if options and str(v) not in options:
+                raise ValueError(f"{name} is {v!r}: it must be {' or '.join(options)}")
+
+
+def allowed(comment):
+    """Return ([(comparison, bound)], [option]) of what a comment allows."""
+    bounds, options = RANGE.search(comment), CHOICE.search(comment)
+    return ([(sign, float(bound)) for sign, bound in re.findall(BOUND, bounds.group())] if bounds else [],
+            options.group(1).split(" | ") if options else [])
 
 
 def trailing_comments(source, column):
@@ -153,7 +198,7 @@ def read_config(path, defaults):
     values = {"__file__": str(path)}
     try:
         exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), values)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         inside = error.__traceback__.tb_next
         line = getattr(error, "lineno", None) or (inside.tb_lineno if inside else "?")
         raise ValueError(f"{path}, line {line}: {type(error).__name__}: {error}") from None

@@ -26,8 +26,8 @@ captions = ""                 # prompts: .txt, one a line; COCO's .json or anoth
                               # first caption of each picture; shapes or shapes_unseen: the drawn set's, with pairs of
                               # colour and shape that were shown in training or not. Empty: both of these, if trained
                               # on it, or with images their own
-count = 0                     # prompts, drawn by caption_seed; 0: all (of the drawn set 256)
-caption_seed = 0              # which prompts, where there are more than count
+count = 0                     # prompts, drawn by caption_seed; 0: all (of the drawn set 256) (>= 0)
+caption_seed = 0              # which prompts, where there are more than count (>= 0)
 # what it is compared with
 reference = ""                # folder of real pictures, or .npz of their statistics, with FILE.clip.npz for CLIP-FID
 matched = False               # of the reference folder only the pictures whose captions are the prompts
@@ -35,26 +35,26 @@ save_reference = ""           # write the reference's statistics to this FILE.np
 # how
 metrics = ()                  # of fid, clip_fid, clip_score, attributes; empty: the first three, for shapes the last
 resolution = 0                # side at which pictures are compared: shorter side resized, then the centre; 0: that of
-                              # the judged pictures
+                              # the judged pictures (>= 0)
 resize = "clean"              # from there to Inception's 299: clean (clean-fid), tensorflow (the first FID code) or
-                              # pytorch (pytorch-fid)
+                              # pytorch (pytorch-fid) (clean | tensorflow | pytorch)
 inception = ""                # file of FID's Inception weights; empty: the published one, downloaded once (96 MB)
 clip = "openai/clip-vit-base-patch16"      # of the CLIP score; a hub id or folder
 clip_fid = "openai/clip-vit-base-patch32"  # of CLIP-FID (clean-fid's)
 # drawing, as in sample.py
 guidance_scales = (-1.0,)     # one or more, each judged by itself; -1: as the run does
-steps = 30                    # sampler steps
-sampler = "heun"              # heun or dpmpp_2m
-sigma_max = 80.0              # noise level at which sampling starts
-seed = 2024                   # picture i starts from noise that depends on seed + i alone
+steps = 30                    # sampler steps (>= 1)
+sampler = "heun"              # (heun | dpmpp_2m)
+sigma_max = 80.0              # noise level at which sampling starts (> 0.002)
+seed = 2024                   # picture i starts from noise that depends on seed + i alone (>= 0)
 ema = True                    # use the averaged weights, where the run has them
 vae = ""                      # autoencoder; empty: the one that the checkpoint was trained with
-scaling_factor = 0.0          # of a --vae whose files do not name it; 0: they do
+scaling_factor = 0.0          # of a --vae whose files do not name it; 0: they do (>= 0)
 text_encoder = ""             # text encoder; empty: likewise
-dtype = "auto"                # of the network and its frozen ends: bfloat16 or float32; auto: bfloat16 on cuda
-offload = "auto"              # keep on the GPU only what is at work: yes, no; auto: yes on GPUs below 16 GB
+dtype = "auto"                # of all networks; auto: bfloat16 on cuda (auto | bfloat16 | float32)
+offload = "auto"              # keep on the GPU only what is at work; auto: on GPUs below 16 GB (auto | yes | no)
 compile = False               # torch.compile: a minute at the start, faster pictures on a GPU
-batch_size = 32               # pictures drawn at once, and shown to Inception and CLIP at once
+batch_size = 32               # pictures drawn at once, and shown to Inception and CLIP at once (>= 1)
 out = "scores"                # folder of the pictures, results.json and the plot
 device = "auto"               # cuda, mps or cpu; auto: the best there is
 
@@ -63,7 +63,6 @@ if __name__ == "__main__":
     exit_with_launcher()
 
 import hashlib
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +78,6 @@ from evaluation import drawn, features, frechet, prompts
 from evaluation import inception as inception_network
 from evaluation.clip import Clip
 from evaluation.processes import gathered, join, processes, run_script
-from model import SAMPLERS
 from pictures import shapes
 from pictures.decode import load
 from pictures.sources import pictures_below
@@ -90,6 +88,8 @@ METRICS = {"fid": "distance of Inception's features", "clip_fid": "distance of C
            "clip_score": "mean of max(0, 100 x cosine)", "attributes": "[right, of] by the drawn set's reader"}
 DISTANCES = ("fid", "clip_fid")
 COLUMNS = ("attributes", "attributes_drawn", "attributes_chance")
+READING = ("upright as EXIF says, white behind what is transparent, 16 bits to 8; the shorter side resized (bicubic, "
+           "Pillow) to the resolution, then the centre")  # said in the results
 FEW = 10_000  # pictures below which a distance says little
 
 
@@ -121,17 +121,12 @@ def caption_sources(run):
 
 def check_settings(chosen, distances, sources):
     """Refuse settings that do not fit together, before anything is loaded."""
-    for name, values, options in (("metrics", chosen, METRICS), ("resize", [resize], inception_network.RESIZES),
-                                  ("sampler", [sampler], SAMPLERS)):
-        if unknown := [value for value in values if value not in options]:
-            raise ValueError(f"{name}: '{unknown[0]}' is none of {', '.join(options)}")
-    scales = {f"{s:g}" for s in guidance_scales if math.isfinite(s) and (s >= 0 or s == -1)}
+    if unknown := [metric for metric in chosen if metric not in METRICS]:
+        raise ValueError(f"metrics: '{unknown[0]}' is none of {', '.join(METRICS)}")
+    scales = {f"{s:g}" for s in guidance_scales if s >= 0 or s == -1}
     is_folder = bool(reference) and Path(reference).is_dir()
     is_file = reference.endswith(".npz") and Path(reference).is_file()
     for refused, message in (
-            (min(count, resolution) < 0 or min(batch_size, steps) < 1,
-             f"count {count} and resolution {resolution} must be at least 0, batch_size {batch_size} and steps {steps} "
-             "at least 1"),
             ("attributes" in chosen and not set(sources) <= set(prompts.DRAWN),
              "the metric attributes is of the drawn set: --captions shapes"),
             (not scales or len(scales) < len(guidance_scales),
@@ -147,6 +142,8 @@ def check_settings(chosen, distances, sources):
              f"save_reference {save_reference}: its name must end with .npz"),
             (matched and (not captions or prompts.in_order(captions)),
              "matched needs --captions that name their pictures, as COCO's do"),
+            (captions and captions not in prompts.DRAWN and not Path(captions).is_file(),
+             f"no captions file {captions}: give a .txt with a prompt a line, a list, or shapes or shapes_unseen"),
             (distances and count == 1, "count is 1: a distance needs two pictures, and thousands to mean much")):
         if refused:
             raise ValueError(message)
@@ -287,15 +284,15 @@ def write_results(entries, protocol):
     path = Path(out) / "results.json"
     write_json(path, {"results": entries, "protocol": protocol, "software": software})
     for entry in entries:
-        print_entry(entry, protocol["resolution"])
+        print_entry(entry, protocol["resolution"], (protocol["reference"] or {}).get("pictures", 0))
     if not protocol["networks"].get("fid", {"published": True})["published"]:
         print(f"note: {inception} is not the published Inception: this FID compares with no other")
     draw_curve(entries)
     print(f"all of it: {path}")
 
 
-def print_entry(entry, side):
-    """Print the numbers of a folder."""
+def print_entry(entry, side, reference_size):
+    """Print the numbers of a folder; reference_size is 0 where it is not known."""
     print(f"{entry['folder']}: {entry['pictures']:,} pictures at {side} px")
     for metric, how in (("fid", f"resize {resize}"), ("clip_fid", clip_fid), ("clip_score", clip)):
         if metric in entry:
@@ -303,8 +300,10 @@ def print_entry(entry, side):
     for name, (right, of) in entry.get("attributes", {}).items():
         percents = [f"{100 * entry[column][name][0] / of:5.1f} %" if of else "   none" for column in COLUMNS]
         print(f"  {name:12} {percents[0]}  ({right} of {of};  drawn {percents[1]}, chance {percents[2]})")
-    if "fid" in entry and entry["pictures"] < FEW:
-        print(f"  note: distances of fewer than {FEW:,} pictures come out too high: compare with as many alone")
+    few = {"judged": entry["pictures"], "reference": (reference_size or FEW)}
+    if {"fid", "clip_fid"} & entry.keys() and min(few.values()) < FEW:
+        which = " and ".join(f"{n:,} {name}" for name, n in few.items() if n < FEW)
+        print(f"  note: distances of fewer than {FEW:,} pictures ({which}) come out too high: compare with as many")
 
 
 def draw_curve(entries):
@@ -355,7 +354,7 @@ def main():
         write_results(entries, {
             "metrics": METRICS, "networks": {m: {"name": n.name, **n.about} for m, n in networks.items()},
             "resolution": side, "device": torch_device.type, "checkpoint": pipeline.name if run else None,
-            "caption_seed": caption_seed, "reference": about_reference})
+            "caption_seed": caption_seed, "reference": about_reference, "pictures": READING})
     gathered("written")
 
 

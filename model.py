@@ -20,23 +20,23 @@ SIGMA_DATA = 0.9  # standard deviation that the latents are scaled to
 @dataclass
 class MicroDiTConfig:
     """The defaults are the paper's XL/2 at 256 px with a 4-channel autoencoder."""
-    latent_size: int = 32                       # height and width of the latents
-    latent_channels: int = 4
-    patch_size: int = 2                         # latent pixels per patch and axis
-    dim: int = 1024                             # width of the backbone
-    depth: int = 28                             # backbone blocks
-    head_dim: int = 64                          # width of an attention head
-    mlp_multiple: int = 256                     # hidden widths of the MLPs are rounded up to a multiple of it
-    caption_dim: int = 1024                     # width of the caption embedding
-    pos_scale: float = 1.0                      # positions are divided by it: 1 at 256 px, 2 at 512 px
-    attn_ratio: tuple[float, float] = (0.5, 1.0)  # layer-wise scaling: attention width / dim, first and last block
-    mlp_ratio: tuple[float, float] = (0.5, 4.0)   # layer-wise scaling: MLP width / dim, first and last block
-    mixer_depth: int = 6                        # patch mixer blocks; 0: no mixer, naive masking
-    mixer_dim: int = 768                        # width of the mixer
-    mixer_mlp_ratio: float = 4.0                # MLP width / mixer_dim
-    num_experts: int = 8                        # 0: dense MLPs everywhere
-    expert_capacity: float = 2.0                # experts that process a token, on average
-    moe_every: int = 2                          # every so many blocks one is sparse
+    latent_size: int = 32                       # height and width of the latents (>= 1, <= 4096)
+    latent_channels: int = 4                    # of the autoencoder (>= 1)
+    patch_size: int = 2                         # latent pixels per patch and axis (>= 1)
+    dim: int = 1024                             # width of the backbone (>= 1)
+    depth: int = 28                             # backbone blocks (>= 1)
+    head_dim: int = 64                          # width of an attention head (>= 1)
+    mlp_multiple: int = 256                     # hidden widths of the MLPs are rounded up to a multiple of it (>= 1)
+    caption_dim: int = 1024                     # width of the caption embedding (>= 1)
+    pos_scale: float = 1.0                      # positions are divided by it: 1 at 256 px, 2 at 512 px (> 0)
+    attn_ratio: tuple[float, float] = (0.5, 1.0)  # layer-wise scaling: attention width / dim, first, last (> 0, <= 100)
+    mlp_ratio: tuple[float, float] = (0.5, 4.0)   # layer-wise scaling: MLP width / dim, first, last (> 0, <= 100)
+    mixer_depth: int = 6                        # patch mixer blocks; 0: no mixer, naive masking (>= 0)
+    mixer_dim: int = 768                        # width of the mixer (>= 1)
+    mixer_mlp_ratio: float = 4.0                # MLP width / mixer_dim (> 0, <= 100)
+    num_experts: int = 8                        # 0: dense MLPs everywhere (>= 0)
+    expert_capacity: float = 2.0                # experts that process a token, on average (> 0)
+    moe_every: int = 2                          # every so many blocks one is sparse (>= 1)
     router_unmodulated: bool = False            # the router reads LN(x) instead of the adaLN-modulated tokens
 
     def __post_init__(self):

@@ -21,24 +21,24 @@ captions = ""               # captions by picture name (a table, or an archive o
 root = ""                   # folder that the names in a list of pictures start from; empty: where the list lies
 out = "data/shapes"         # folder to write
 vae = "pixels"              # autoencoder
-scaling_factor = 0.0        # of an autoencoder whose files do not name it (a single .safetensors file); 0: they do
+scaling_factor = 0.0        # of an autoencoder in a single .safetensors file, which does not name it; 0: it does (>= 0)
 text_encoder = "words"      # text encoder
-resolutions = (32,)         # sides of the square pictures, in pixels; latents of every one are stored
-limit = 0                   # use at most so many pictures; 0: all (of the drawn set: 20,000)
+resolutions = (32,)         # sides of the square pictures, in pixels; latents of every one are stored (>= 1)
+limit = 0                   # use at most so many pictures; 0: all (of the drawn set: 20,000) (>= 0)
 flips = False               # small sets: store a mirrored copy of every picture too
-shifts = 0                  # small sets: and so many copies that are moved by up to a twelfth of the side
-min_size = 0                # pictures with a shorter side are skipped; 0: the smallest of resolutions
+shifts = 0                  # small sets: and so many copies that are moved by up to a twelfth of the side (>= 0)
+min_size = 0                # pictures with a shorter side are skipped; 0: the smallest of resolutions (>= 0)
 clean_captions = False      # for captions from the web: take out what is not about the picture (captions.py)
 nsfw_scores = ""            # DiffusionDB's metadata.parquet: leave out what it rates higher than max_nsfw
-max_nsfw = 0.2              # of the picture's score and of the prompt's
-caption_dtype = "float16"   # of the stored caption embeddings: float16, or int8 for half the space
-first_seed = 0              # of the drawn set: picture i is shapes.scene(first_seed + i)
-shard_size = 4096           # pictures per shard
-batch_size = 64             # pictures encoded at once
-workers = -1                # processes that decode pictures; 0: none; -1: this machine's cores, shared out
+max_nsfw = 0.2              # of the picture's score and of the prompt's (>= 0)
+caption_dtype = "float16"   # of the stored caption embeddings; int8: half the space (float16 | int8)
+first_seed = 0              # of the drawn set: picture i is shapes.scene(first_seed + i) (>= 0)
+shard_size = 4096           # pictures per shard (>= 1)
+batch_size = 64             # pictures encoded at once (>= 1)
+workers = -1                # processes that decode pictures; 0: none; -1: this machine's cores, shared out (>= -1)
 device = "auto"             # cuda, mps or cpu; auto: the best there is
 ignore_disk = False         # start even if the estimate does not fit on the disk
-overwrite = False           # delete what an earlier run left in `out`
+overwrite = False           # replace what is in `out`, unless it is of this very command and not finished: that goes on
 
 if __name__ == "__main__":
     settings = configure(globals())
@@ -59,7 +59,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common.files import write_json, write_lines
+from common.files import lock, write_json, write_lines
 from common.machine import pick_device, shared_store
 from encoders import describe_vae, load_text_encoder, load_vae, words_of
 from pictures import shards
@@ -87,6 +87,7 @@ def main():
 def prepare_as_first(store, world, pool):
     """Set up the folder, let the other processes begin, write this one's shards, and complete the folder."""
     folder, models = Path(out), load_models()
+    lock(folder, create=False)
     parts, limits, choose_caption = open_source()
     total = sum(limits) if limit else estimated_count(parts)
     info = set_up(folder, models, parts, total)
@@ -97,13 +98,13 @@ def prepare_as_first(store, world, pool):
     if info["complete"]:
         return
     before = sum(record["samples"] for record in records.values())
-    bar = tqdm(desc=f"process 1 of {world}" if world > 1 else None, total=(total - before) // world, unit=" pictures")
-    writer = ShardWriter(folder, *models, bar)
-    pictures = shards.pictures_of_process(parts, limits, shard_size, finished, 0, world)
-    write_shards(writer, pictures, choose_caption, pool)
-    while not shards.all_written(records := shards.read_records(folder, records), limits):  # by the other processes
-        time.sleep(0.2)
-    bar.close()
+    name = f"process 1 of {world}" if world > 1 else None
+    with tqdm(desc=name, total=(total - before) // world, unit=" pictures") as bar:
+        writer = ShardWriter(folder, *models, bar)
+        pictures = shards.pictures_of_process(parts, limits, shard_size, finished, 0, world)
+        write_shards(writer, pictures, choose_caption, pool)
+        while not shards.all_written(records := shards.read_records(folder, records), limits):  # by the others
+            time.sleep(0.2)
     complete(folder, info, records)
     report(folder, info, writer, sum(record["samples"] for record in records.values()) - before)
     shards.delete_records(folder)
@@ -133,13 +134,8 @@ def write_shards(writer, pictures, choose_caption, pool):
 
 
 def check_settings():
-    for name, value, least in (("batch_size", batch_size, 1), ("shard_size", shard_size, 1), ("limit", limit, 0),
-                               ("resolutions", min(resolutions, default=0), 1), ("min_size", min_size, 0),
-                               ("shifts", shifts, 0)):
-        if value < least:
-            raise ValueError(f"{name} is {value}: it must be at least {least}")
-    if caption_dtype not in ("float16", "int8"):
-        raise ValueError(f"caption_dtype is '{caption_dtype}': it must be float16 or int8")
+    if not resolutions:
+        raise ValueError("resolutions is empty: give at least one")
     if source != "shapes" and Path(out).absolute() == Path(source).absolute():
         raise ValueError(f"out is the source, {source}: give a folder of its own")
 
@@ -175,19 +171,34 @@ def set_up(folder, models, parts, total):
             "text_encoder": {"name": text_encoder, "length": text.length, "dim": text.dim},
             "source_hash": fingerprint(parts), "caption_dtype": caption_dtype, "resolutions": list(resolutions),
             "settings": kept}
-    if overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":  # a restart of torchrun's goes on
-        shards.delete_prepared(folder)
-    if not (folder / "dataset.json").exists():
+    old = earlier(folder, info)
+    if not old:
         check_disk(folder, total, autoencoder, text)
-        folder.mkdir(parents=True, exist_ok=True)
+        lock(folder)
+        shards.delete_prepared(folder)  # only after everything that could be refused
         write_json(folder / "dataset.json", info)
         return info
-    old = read_info(folder)
-    check_continuation(folder, old, info)
     if old["complete"]:
         print(f"{folder} is already prepared: {old['rows']:,} rows")
         shards.delete_records(folder)  # which a kill at the very end has left
     return old
+
+
+def earlier(folder, info):
+    """Return dataset.json of the earlier start of this very preparation, or None if there is none to go on with.
+
+    --overwrite replaces one that is finished or another one, but not one that was begun with the same command.
+    """
+    if not (folder / "dataset.json").exists():
+        return None
+    try:
+        old = read_info(folder)
+        check_continuation(folder, old, info)
+    except ValueError:
+        if overwrite:
+            return None
+        raise
+    return None if overwrite and old["complete"] else old
 
 
 def check_continuation(folder, old, new):
@@ -209,7 +220,8 @@ def check_disk(folder, pictures, autoencoder, text):
     each = latents + text.length * text.dim * (2 if caption_dtype == "float16" else 1 + 2 / 32) + 300
     above = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
     pictures *= 1 + flips + shifts
-    needed, free = pictures * each / 1e9, shutil.disk_usage(above).free / 1e9
+    replaced = sum(path.stat().st_size for path in shards.prepared(folder))
+    needed, free = pictures * each / 1e9, (shutil.disk_usage(above).free + replaced) / 1e9
     print(f"{folder}: about {pictures:,} pictures, {each / 1e3:,.1f} kB each, {needed:,.3f} GB in all; {free:,.3f} GB "
           "free", flush=True)
     if needed > free and not ignore_disk:
@@ -226,13 +238,13 @@ class ShardWriter:
 
     def __init__(self, folder, autoencoder, text, device, bar):
         self.folder, self.autoencoder, self.text, self.device, self.bar = folder, autoencoder, text, device, bar
-        self.seconds = Counter()  # of each stage
+        self.seconds, self.checked = Counter(), False  # of each stage; whether the latents were looked at
         self.started = self.clock = time.time()
         self.begin_shard()
 
     def begin_shard(self):
         self.batch, self.rows, self.skipped = [], [], []
-        self.latents, self.embeddings = {r: [] for r in resolutions}, []
+        self.arrays = {name: [] for name in (*resolutions, "captions")}  # of each batch
 
     def lap(self, stage):
         now = time.time()
@@ -253,17 +265,35 @@ class ShardWriter:
 
     def encode(self):
         self.lap("waiting for pictures")
-        rows = [row for _, row in self.batch]
+        rows, made = [row for _, row in self.batch], {}
         for i, r in enumerate(resolutions):
             images = torch.from_numpy(np.stack([squares[i] for squares, _ in self.batch])).to(self.device)
             images = images.permute(0, 3, 1, 2).float() / 127.5 - 1                                # (B, 3, r, r)
             draws = [generator_of(f"{row['source']} {r}") for row in rows]
-            self.latents[r].append(self.autoencoder.encode(images, draws).half().cpu().numpy())
+            made[r] = self.autoencoder.encode(images, draws).half().cpu().numpy()
         self.lap("encoding them")
-        self.embeddings.append(self.text([row["caption"] for row in rows]).half().cpu().numpy())
+        made["captions"] = self.text([row["caption"] for row in rows]).half().cpu().numpy()
         self.lap("encoding captions")
-        self.rows += rows
+        self.check_scale(made)
+        finite = {name: np.isfinite(a).reshape(len(a), -1).all(1) for name, a in made.items()}
+        good = np.logical_and.reduce(list(finite.values()))
+        for i in np.flatnonzero(~good):
+            what = "its caption's embedding" if finite[resolutions[0]][i] else "its latents"
+            self.skipped.append({"source": rows[i]["source"], "reason": f"{what} are not finite"})
+        for name, a in made.items():
+            self.arrays[name].append(a[good])
+        self.rows += [row for row, ok in zip(rows, good) if ok]
         self.batch = []
+
+    def check_scale(self, made):
+        """Raise ValueError if the first latents are far from what the diffusion expects: they would train nothing."""
+        if not self.checked:
+            latents = made[resolutions[0]].astype(np.float64)
+            rms = float(np.sqrt(np.mean(latents[np.isfinite(latents)] ** 2))) if np.isfinite(latents).any() else np.inf
+            if not 0.01 < rms < 100:
+                raise ValueError(f"the latents of the first pictures have a root mean square of {rms:.3g}, which "
+                                 f"should be about 1: the scaling factor, {self.autoencoder.scaling_factor}, is wrong")
+            self.checked = True
 
     def write(self, part, shard, last):
         """Write the files of a shard; the last of them, NAME.done.json, says that all are there."""
@@ -272,8 +302,9 @@ class ShardWriter:
         self.lap("waiting for pictures")
         name, samples = shards.name_of(part, shard), len(self.rows) + len(self.skipped)
         if self.rows:
-            latents = {r: np.concatenate(a) for r, a in self.latents.items()}
-            write_shard(self.folder, name, latents, np.concatenate(self.embeddings), self.rows, caption_dtype)
+            latents = {kind: np.concatenate(a) for kind, a in self.arrays.items()}
+            embeddings = latents.pop("captions")
+            write_shard(self.folder, name, latents, embeddings, self.rows, caption_dtype)
         write_lines(self.folder / f"{name}.skipped.jsonl", self.skipped)
         record = {"part": part, "shard": shard, "last": last, "rows": len(self.rows), "samples": samples,
                   "skipped": Counter(s["reason"].split(":")[0] for s in self.skipped), "words": [], "captions_cut": 0}
@@ -303,6 +334,8 @@ def complete(folder, info, records):
         shards.delete_records(folder)  # the next start looks again: captions may have come
         reasons = "; ".join(f"{n} x {reason}" for reason, n in info["skipped"].items())
         raise ValueError(f"none of the pictures of {source} could be used ({reasons}): see {folder / 'skipped.jsonl'}")
+    if missing := shards.missing(folder, info):
+        raise ValueError(f"{missing[0]} has gone while {folder} was being prepared: begin again with --overwrite")
     info["complete"] = True
     write_json(folder / "dataset.json", info)
 

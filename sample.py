@@ -15,22 +15,22 @@ prompt = ()                   # one or more texts
 prompts_file = ""             # more of them, one a line; or GenEval's .jsonl, whose folder layout is then written
 negative_prompt = ()          # what the pictures should not show: one text for all prompts, or one for each
 checkpoint = ()               # checkpoint files or run folders; empty: the newest run
-images_per_prompt = 0         # pictures of each prompt; 0: 1, or GenEval's 4
+images_per_prompt = 0         # pictures of each prompt; 0: 1, or GenEval's 4 (>= 0)
 out = "samples"               # folder of the pictures; nothing there is overwritten
-steps = 30                    # sampler steps
+steps = 30                    # sampler steps (>= 1)
 guidance_scale = -1.0         # how strongly the prompt is followed; 1: half the work, no guidance; -1: as the run does
-sampler = "heun"              # heun (2 steps - 1 evaluations of the network) or dpmpp_2m (steps evaluations)
-sigma_max = 80.0              # noise level at which sampling starts
-seed = 2024                   # picture i starts from noise that depends on seed + i alone
-batch_size = 16               # pictures drawn at once
+sampler = "heun"              # heun evaluates the network 2 steps - 1 times, dpmpp_2m steps times (heun | dpmpp_2m)
+sigma_max = 80.0              # noise level at which sampling starts (> 0.002)
+seed = 2024                   # picture i starts from noise that depends on seed + i alone (>= 0)
+batch_size = 16               # pictures drawn at once (>= 1)
 progress_strip = False        # also write how the first picture comes out of the noise, as a strip
 ema = True                    # use the averaged weights, where the run has them
 vae = ""                      # autoencoder; empty: the one that the checkpoint was trained with
-scaling_factor = 0.0          # of a --vae whose files do not name it (a single .safetensors file); 0: they do
+scaling_factor = 0.0          # of a --vae whose files do not name it (a single .safetensors file); 0: they do (>= 0)
 text_encoder = ""             # text encoder; empty: likewise
 device = "auto"               # cuda, mps or cpu; auto: the best there is
-dtype = "auto"                # of the computation and of the frozen ends: bfloat16 or float32; auto: bfloat16 on cuda
-offload = "auto"              # keep on the GPU only what is at work: yes, no; auto: yes on GPUs below 16 GB
+dtype = "auto"                # of all networks; auto: bfloat16 on cuda (auto | bfloat16 | float32)
+offload = "auto"              # keep on the GPU only what is at work; auto: on GPUs below 16 GB (auto | yes | no)
 compile = False               # torch.compile: minutes at the start, faster pictures on a GPU
 
 if __name__ == "__main__":
@@ -47,7 +47,6 @@ from pathlib import Path
 from common.images import MOST, decode_images, picture_grid, save_picture
 from encoders import words_of
 from evaluation import drawn, geneval
-from model import SAMPLERS
 from sampling.pipeline import check_prompts, draw, generate, load  # noqa: F401 (generate is for others)
 
 STRIP = 8  # moments of the denoising that a strip shows
@@ -137,6 +136,7 @@ def draw_all(pipeline, texts, negative, number):
 def write_picture(image, number, used):
     """Save a picture under a name that tells its prompt, with its settings inside."""
     slug = re.sub(r"\W+", "-", used["prompt"].lower())[:60].strip("-")
+    slug = slug.encode()[:120].decode(errors="ignore")  # a file's name may have 255 bytes
     save_picture(Path(out) / f"{number:05d}_{slug}_seed{used['seed']}.png", image, prompt=used["prompt"],
                  seed=str(used["seed"]), settings=json.dumps(used))
 
@@ -152,18 +152,7 @@ def write_grids(images, texts, rows, number):
         print(f"{len(captions)} of them together: {path}")
 
 
-def check_settings():
-    for name, least in (("images_per_prompt", 0), ("steps", 1), ("batch_size", 1)):
-        if globals()[name] < least:
-            raise ValueError(f"{name} is {globals()[name]}: it must be at least {least}")
-    if sampler not in SAMPLERS:
-        raise ValueError(f"unknown sampler '{sampler}': there are {', '.join(SAMPLERS)}")
-    if not sigma_max > 0.002:
-        raise ValueError(f"sigma_max is {sigma_max}: it must be above sigma_min, 0.002")
-
-
 def main():
-    check_settings()
     if prompts_file.endswith(".jsonl"):
         return draw_geneval()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:

@@ -17,45 +17,45 @@ data = ("data/shapes",)       # prepared folders (prepare_latents.py), used as o
                               # whose shorter side had fewer pixels
 val_data = ()                 # prepared folders to validate on; empty: the last 1 % of each of `data`, never trained on
 out = ""                      # run folder; empty: runs/ and the config's name
-overwrite = False             # delete what an earlier run left in `out`
+overwrite = False             # replace the run in `out`, unless it is this very run and not finished: that goes on
 init_from = ""                # start from the weights of this checkpoint or run folder
 init_optimizer = False        # and from the state of its optimizer
 # training
-batch_size = 2048             # pictures per step, over all processes
-micro_batch_size = 256        # pictures per forward pass of one process
-max_steps = 250_000           # steps in all
-unmasked_steps = 0            # number of final steps without masking
-mask_ratio = 0.75             # fraction of the patches dropped after the mixer
-learning_rate = 2.4e-4        # at its peak
-warmup_steps = 2500           # steps of linear warmup from 0
-schedule = "cosine"           # after the warmup: cosine or constant
-min_learning_rate = 0.33      # where the cosine ends, as a fraction of the peak
-optimizer = "adamw"           # adamw; muon: Muon for the blocks' matrices, AdamW for all else (docs/log.md)
-beta1 = 0.9                   # AdamW
-beta2 = 0.999                 # AdamW
-weight_decay = 0.1            # on every parameter
-grad_clip = 0.25              # largest gradient norm; 0: no clipping
+batch_size = 2048             # pictures per step, over all processes (>= 1)
+micro_batch_size = 256        # pictures per forward pass of one process (>= 1)
+max_steps = 250_000           # steps in all (>= 1)
+unmasked_steps = 0            # number of final steps without masking (>= 0)
+mask_ratio = 0.75             # fraction of the patches dropped after the mixer (>= 0, < 1)
+learning_rate = 2.4e-4        # at its peak (> 0)
+warmup_steps = 2500           # steps of linear warmup from 0 (>= 0)
+schedule = "cosine"           # after the warmup (cosine | constant)
+min_learning_rate = 0.33      # where the cosine ends, as a fraction of the peak (>= 0, <= 1)
+optimizer = "adamw"           # muon: Muon for the blocks' matrices, AdamW for all else (adamw | muon)
+beta1 = 0.9                   # AdamW (>= 0, < 1)
+beta2 = 0.999                 # AdamW (>= 0, < 1)
+weight_decay = 0.1            # on every parameter (>= 0)
+grad_clip = 0.25              # largest gradient norm; 0: no clipping (>= 0)
 p_mean = -0.6                 # ln sigma ~ N(p_mean, p_std^2)
-p_std = 1.2                   # standard deviation of ln sigma
-caption_dropout = 0.1         # captions replaced by zeros, for guidance
-ema_decay = 0.0               # moving average of the weights; 0: none
-ema_start = 0                 # step at which the average starts
-seed = 2024                   # of weights, data order, noise, masks and dropout
+p_std = 1.2                   # standard deviation of ln sigma (> 0)
+caption_dropout = 0.1         # captions replaced by zeros, for guidance (>= 0, < 1)
+ema_decay = 0.0               # moving average of the weights; 0: none (>= 0, < 1)
+ema_start = 0                 # step at which the average starts (>= 0)
+seed = 2024                   # of weights, data order, noise, masks and dropout (>= 0)
 # machine
 device = "auto"               # cuda, mps or cpu; auto: the best there is
-dtype = "auto"                # of the computation: bfloat16 or float32 (weights stay float32); auto: bfloat16 on cuda
+dtype = "auto"                # of products, not of weights; auto: bfloat16 on cuda (auto | bfloat16 | float32)
 compile = False               # torch.compile: minutes at the start, faster steps on a GPU
 activation_checkpointing = False  # compute the blocks again in the backward pass: less memory, a third more work
-loader_threads = 4            # threads that read data for a GPU
+loader_threads = 4            # threads that read data for a GPU (>= 0)
 # reporting
-log_every = 50                # steps between console lines
-eval_every = 500              # steps between validations; 0: never
-sample_every = 1000           # steps between grids of sample pictures; 0: never
-sample_steps = 30             # sampler steps of those pictures
+log_every = 50                # steps between console lines (>= 1)
+eval_every = 500              # steps between validations; 0: never (>= 0)
+sample_every = 1000           # steps between grids of sample pictures; 0: never (>= 0)
+sample_steps = 30             # sampler steps of those pictures (>= 1)
 sample_guidance = 5.0         # guidance scale of those pictures, and of sample.py where it is not told another
-checkpoint_every = 1000       # steps between checkpoints, besides the last; 0: only the last
-keep_checkpoints = 2          # older ones are deleted
-price = 0.0                   # dollars for an hour of one GPU, to show what the run costs; 0: not shown
+checkpoint_every = 1000       # steps between checkpoints, besides the last; 0: only the last (>= 0)
+keep_checkpoints = 2          # older ones are deleted (>= 1)
+price = 0.0                   # dollars for an hour of one GPU, to show what the run costs; 0: not shown (>= 0)
 wandb = ""                    # Weights & Biases project that gets the log too (pip install wandb); empty: none
 # and the network: every field of model.MicroDiTConfig but the two that the data decide, as settings["dim"]
 
@@ -78,6 +78,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
+from common.files import lock
 from common.machine import keep_freed_memory, pick_device
 from encoders import load_described_vae
 from model import MicroDiT, MicroDiTConfig, edm_loss, expert_tokens, kept_patches
@@ -88,7 +89,9 @@ from training.log import duration
 from training.optimizer import Average, Optimizer
 from training.processes import Signals, join
 from training.report import VAL_ROWS, Report
-from training.state import State, delete_run, describe_run, find_resume
+from training.state import State, find_resume
+
+MOST_WORDS = 100_000  # of the stand-in's vocabulary, which checkpoints carry so that sample.py can name unknown words
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
@@ -117,6 +120,8 @@ def train(state, net, batches, report, processes):
         state.step += 1
         state.average.update(state.net, state.step, bad)
 
+        if state.step == first_step and processes.rank == 0:
+            state.begin(out)
         stop_signal, done = signals.agreed(), state.step == max_steps
         if state.step % log_every == 0 or done or stop_signal or state.step == first_step:
             report.log_step(state, lr, grad_norm, masked)
@@ -130,20 +135,23 @@ def train(state, net, batches, report, processes):
     return stop_signal if state.step < max_steps else 0
 
 
-def learning_rate_at(step):
-    """Rise linearly over warmup_steps, then stay, or fall as a cosine to min_learning_rate of the peak."""
+def learning_rate_at(step, steps=None):
+    """Rise linearly over warmup_steps, then stay, or fall as a cosine to min_learning_rate of the peak.
+
+    steps: of the whole run, if not max_steps.
+    """
     if step < warmup_steps:
         return learning_rate * (step + 1) / warmup_steps
     if schedule == "constant":
         return learning_rate
-    progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
+    progress = (step - warmup_steps) / max(1, (steps or max_steps) - warmup_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1, progress)))
     return learning_rate * (min_learning_rate + (1 - min_learning_rate) * cosine)
 
 
-def is_masked(step):
-    """Return whether a step drops patches: all do but the last unmasked_steps."""
-    return mask_ratio > 0 and step < max_steps - unmasked_steps
+def is_masked(step, steps=None):
+    """Return whether a step of a run of so many steps (max_steps) drops patches: all do but the last unmasked_steps."""
+    return mask_ratio > 0 and step < (steps or max_steps) - unmasked_steps
 
 
 def is_due(step, every):
@@ -172,35 +180,16 @@ def accumulating(net, last):
 def check_settings():
     """Refuse what cannot work, before anything is loaded."""
     world = int(os.environ.get("WORLD_SIZE", 1))
-    for name in ("batch_size", "micro_batch_size", "max_steps", "log_every", "keep_checkpoints", "sample_steps",
-                 "learning_rate", "p_std"):
-        if settings[name] <= 0:
-            raise ValueError(f"{name} is {settings[name]}: it must be above 0")
-    for name in ("eval_every", "sample_every", "checkpoint_every", "warmup_steps", "ema_start", "loader_threads",
-                 "grad_clip", "weight_decay", "price"):
-        if settings[name] < 0:
-            raise ValueError(f"{name} is {settings[name]}: it must be at least 0")
     if batch_size % (micro_batch_size * world):
         raise ValueError(f"batch_size {batch_size} is not a multiple of micro_batch_size {micro_batch_size} x {world} "
                          "processes")
-    for name, options in (("schedule", ("cosine", "constant")), ("dtype", ("auto", "bfloat16", "float32")),
-                          ("optimizer", ("adamw", "muon"))):
-        if settings[name] not in options:
-            raise ValueError(f"{name} is '{settings[name]}': it must be {' or '.join(options)}")
-    several_nodes = world > int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    if overwrite and several_nodes and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-        raise ValueError("--overwrite on several nodes with --max-restarts would delete the run again at a restart, as "
-                         f"nodes count their own: delete {out} by hand and leave --overwrite out")
     if wandb and not importlib.util.find_spec("wandb"):
         raise ValueError("--wandb needs Weights & Biases: pip install wandb")
-    for name in ("mask_ratio", "caption_dropout", "ema_decay"):
-        if not 0 <= settings[name] < 1:
-            raise ValueError(f"{name} is {settings[name]}: it must be at least 0 and below 1")
     for name in ("attn_ratio", "mlp_ratio"):
         if len(settings[name]) != 2:
             raise ValueError(f"{name} is {settings[name]}: it needs two numbers, for the first and the last block")
-    if not 0 <= unmasked_steps <= max_steps:
-        raise ValueError(f"unmasked_steps is {unmasked_steps}: it must lie between 0 and max_steps {max_steps}")
+    if unmasked_steps > max_steps:
+        raise ValueError(f"unmasked_steps is {unmasked_steps}: it must be at most max_steps {max_steps}")
 
 
 def open_data():
@@ -270,8 +259,24 @@ def announce(state, rows, report, processes):
     if report.meter.measured:
         line += f" (MFU is against {report.meter.measured / 1e9:,.0f} GFLOP/s, measured on matrix products just now)"
     print(f"{line}. It writes checkpoints, log.jsonl and progress.png there", flush=True)
+    if state.step:
+        warn_of_longer_schedule(state)
     if not init_from and not state.step and init_from_of_config():
         print(f"warning: from scratch, as --init_from is empty: {init_from_of_config()} was meant", file=sys.stderr)
+
+
+def warn_of_longer_schedule(state):
+    """Say so if a larger max_steps takes back what the schedule has done."""
+    before, step = state.earlier["max_steps"], state.step
+    last = min(step, before - 1)
+    old, new = learning_rate_at(last, before), learning_rate_at(step)
+    masks = is_masked(step) and not is_masked(last, before)
+    if before < max_steps and (new > 1.001 * old or masks):
+        again = f", and patches are dropped again until step {max_steps - unmasked_steps:,}" if masks else ""
+        print(f"warning: max_steps was {before:,} and is {max_steps:,} now, so the learning rate goes from {old:.2e} "
+              f"to {new:.2e}{again}. The weights will not be those of a run that had so many steps from the start. "
+              f"To train on as it was, begin another run: --init_from {out} --schedule constant --learning_rate "
+              f"{old:.2e} --out ANOTHER", file=sys.stderr)
 
 
 def init_from_of_config():
@@ -287,13 +292,14 @@ def main():
     check_settings()
     train_set, rows, val_set, val_rows = open_data()
     config = network_config(train_set.info)
-    about_data = {k: train_set.info[k] for k in ("vae", "text_encoder", "resolutions", "words", "settings")}
+    kept = ("vae", "text_encoder", "resolutions", "words", "settings", "source_hash")
+    about_data = {k: v for k, v in train_set.info.items() if k in kept}
+    if len(about_data["words"]) > MOST_WORDS:
+        about_data["words"] = []
     run = {"config": asdict(config), "settings": settings, "data": about_data | {"rows": len(rows)},
            "model_sha256": checkpoint.code_hash()}
     processes = join(tune_for(pick_device(device)))
-    # torchrun starts a crashed run again with the same command: its --overwrite was meant for the first start
-    fresh = overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    resume = processes.from_first(lambda: None if fresh else find_resume(out, run))
+    resume, replaces = processes.from_first(lambda: lock(out, create=False) or find_resume(out, run, overwrite))
     processes.check_same((str(resume), resume and resume.exists() and resume.stat().st_size, len(rows)),
                          "checkpoints or data")
 
@@ -303,11 +309,8 @@ def main():
         state.load(resume)
     elif init_from:
         state.start_from(init_from, init_optimizer)
-    if processes.rank == 0:  # only after everything that could be refused has been read
-        if fresh:
-            delete_run(out)
-        describe_run(out, run, state.step)
-    report = Report(state, settings, (val_set, val_rows), autocast, processes)
+    state.replaces = replaces
+    report = Report(state, settings, train_set, (val_set, val_rows), autocast, processes)
     announce(state, rows, report, processes)
     batches = Batches(train_set, rows, micro_batch_size, batch_size // micro_batch_size, tokens=config.tokens,
                       seed=seed, p_mean=p_mean, p_std=p_std, caption_dropout=caption_dropout,
@@ -339,4 +342,5 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         raise SystemExit(f"train.py: {error}") from None
     except KeyboardInterrupt:
-        raise SystemExit(f"train.py: stopped. The same command goes on from the last checkpoint in {out}") from None
+        raise SystemExit(f"train.py: stopped. The same command goes on from the last checkpoint in {out}, if there is "
+                         "one") from None

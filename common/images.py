@@ -11,6 +11,14 @@ from common.files import write_atomic
 GAP = 4                 # pixels between the pictures of a grid
 BACKGROUND = "#d0d0d0"  # a grey that no white picture vanishes in
 MOST = 64               # pictures of a grid
+# Pillow would open anything that it knows, whatever the file is called, and start Ghostscript for PostScript
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
+
+
+def open_image(file):
+    """Open a picture of one of FORMATS, by its content. Pixels are read later, as with Image.open."""
+    Image.init()
+    return Image.open(file, formats=[f for f in FORMATS if f in Image.OPEN])
 
 
 def decode_images(vae, latents):

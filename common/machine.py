@@ -18,9 +18,12 @@ def pick_device(name):
     name = there[0] if name in (None, "auto") else str(name)
     if name.partition(":")[0] not in there:
         raise ValueError(f"device is '{name}': this machine has {', '.join(there)}")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # where compiled kernels run
+    try:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # where compiled kernels run
+    except RuntimeError as error:
+        raise ValueError(f"device is '{name}': {str(error).splitlines()[0]}") from None
     return device
 
 

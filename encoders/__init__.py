@@ -11,6 +11,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from common.schema import NUMBER, SIZE, TABLE, TEXT, optional
+
+# what data and checkpoints say of their frozen ends; the paper's released networks leave some of it out
+VAE = {"name": TEXT, "scaling_factor": optional(NUMBER), "latent_channels": SIZE, "downsample?": SIZE, "sha256?": TEXT,
+       "config?": TABLE}
+TEXT_ENCODER = {"name": TEXT, "length?": SIZE, "dim": SIZE}
+
 
 def load_vae(name, device="cpu", dtype=None, scaling_factor=None):
     """Load the autoencoder `name`: "pixels", train_vae.py's file, or a published one's folder, file or hub id.

@@ -19,6 +19,8 @@ CONTROLS = [*range(0x09), 0x0B, *range(0x0E, 0x20), 0x7F, *range(0x206A, 0x2070)
 REPAIRS = {c: unicodedata.normalize("NFKC", chr(c)) for c in (*LIGATURES, 0x3000, *range(0xFF01, 0xFFF0))}
 REPAIRS |= dict.fromkeys(CONTROLS) | dict.fromkeys(map(ord, "’‘‚‛ʼ"), "'")
 REPAIRS |= dict.fromkeys(map(ord, "“”„‟"), '"')
+# control characters that were meant as Windows-1252
+REPAIRS |= {c: (bytes([c]).decode("windows-1252", "ignore") or chr(c)).translate(REPAIRS) for c in range(0x80, 0xA0)}
 
 
 def clean(text):
@@ -31,6 +33,7 @@ def clean(text):
 
 class CLIP:
     """Captions -> (B,77,width): the tokens after the final layer norm, all of them, the padding too."""
+    clean = staticmethod(clean)
 
     def __init__(self, name, device, dtype):
         from transformers import CLIPTextModel, CLIPTokenizer
@@ -43,7 +46,7 @@ class CLIP:
 
     def tokens(self, captions):
         """Return token ids and attention mask, each (B,L)."""
-        return self.tokenizer([clean(c) for c in captions], padding="max_length", max_length=self.length,
+        return self.tokenizer([self.clean(c) for c in captions], padding="max_length", max_length=self.length,
                               truncation=True, return_tensors="pt").to(self.model.device)
 
     def ids(self, captions):
@@ -59,6 +62,7 @@ class CLIP:
 
 class T5(CLIP):
     """Captions -> (B,120,width): the encoder's last hidden state; padding is masked inside and kept in the output."""
+    clean = str  # T5 tells capitals and quotes apart, and the paper's code gives it captions as they are
 
     def __init__(self, name, device, dtype):
         from transformers import AutoTokenizer, T5EncoderModel
@@ -82,12 +86,22 @@ def load(name, device="cpu", dtype=None):
         kind = AutoConfig.from_pretrained(name).model_type
         if kind not in ("clip", "clip_text_model", "t5"):
             raise ValueError(f"it is of the kind {kind}: CLIP and T5 are understood")
-        return (T5 if kind == "t5" else CLIP)(name, device, dtype)
+        encoder = (T5 if kind == "t5" else CLIP)(name, device, dtype)
+        check_tokenizer(encoder.tokenizer, encoder.model.config)
+        return encoder
     except (OSError, ImportError) as error:
         raise ValueError(f"text encoder {name}: it is neither a folder here nor could it be fetched from the hub "
                          f"({type(error).__name__}: {str(error).strip().splitlines()[0]})") from None
     except ValueError as error:
         raise ValueError(f"text encoder {name}: {error}") from None
+
+
+def check_tokenizer(tokenizer, config):
+    """Raise ValueError if a tokenizer gives numbers that the model has no embedding for."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= config.vocab_size:
+        raise ValueError(f"its tokenizer counts tokens up to {largest:,}, its model has {config.vocab_size:,}: they do "
+                         "not belong together")
 
 
 def needs_quick_gelu(name):

@@ -46,6 +46,12 @@ class NormedBlock(nn.Module):
         return self.conv(x) + x
 
 
+def check_sides(images, downsample):
+    """Raise ValueError for images whose sides cannot be divided: the network would drop what is left over."""
+    if images.shape[2] % downsample or images.shape[3] % downsample:
+        raise ValueError(f"images of {images.shape[3]} x {images.shape[2]}: both must be multiples of {downsample}")
+
+
 def conv(channels, out_channels, **options):
     return nn.Conv2d(channels, out_channels, 3, padding=1, **options)
 
@@ -114,6 +120,7 @@ class TinyAutoencoder(nn.Module):
     @torch.no_grad()
     def posterior(self, images):
         """Return mean and log-variance of the unscaled latents, in float32; nothing is drawn, so it is almost zero."""
+        check_sides(images, self.downsample)
         weight = next(self.encoder.parameters())
         mean = torch.cat([self.latents_of(part.to(weight)) for part in images.split(SLICE)]).float()
         return mean, torch.full_like(mean, -30.0)

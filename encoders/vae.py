@@ -144,6 +144,7 @@ class KLAutoencoder(nn.Module):
     @torch.no_grad()
     def posterior(self, images):
         """Return mean and log-variance of the unscaled latents, each (B,C,h,w), in float32."""
+        tiny.check_sides(images, self.downsample)
         weight = self.encoder.conv_in.weight
         moments = torch.cat([self.quant_conv(self.encoder(part.to(weight))) for part in images.split(SLICE)])
         mean, logvar = moments.float().chunk(2, dim=1)

@@ -7,6 +7,7 @@ CLIP's projected features of pictures and texts, through transformers: for CLIP 
 import torch
 
 from common.hashing import tensors_hash
+from encoders.text import check_tokenizer
 
 
 def load_model(kind, name, model_type, architecture):
@@ -39,9 +40,11 @@ class Clip:
         try:
             self.processor = CLIPImageProcessorPil.from_pretrained(name)
             self.tokenizer = CLIPTokenizer.from_pretrained(name)
+            check_tokenizer(self.tokenizer, self.model.config.text_config)
         except (OSError, ValueError) as error:
-            raise ValueError(f"CLIP model {name} lacks its image processor or its tokenizer: {error}") from None
+            raise ValueError(f"CLIP model {name} lacks a fitting image processor or tokenizer: {error}") from None
         self.name, self.length = str(name), self.model.config.text_config.max_position_embeddings
+        self.side = self.model.config.vision_config.image_size
         self.width, self.about = self.model.config.projection_dim, {"network_sha256": tensors_hash(self.model)}
 
     def prepare(self, picture):

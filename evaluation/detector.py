@@ -88,5 +88,14 @@ def name_colors(tower, classifiers, image, things, masks):
         if thing["class"] not in classifiers:
             classifiers[thing["class"]] = color_classifier(tower, thing["class"])
         cut = Image.composite(image, grey, Image.fromarray(mask)).crop(thing["box"])
-        closeness = classifiers[thing["class"]] @ F.normalize(tower.image([cut]), dim=-1)[0]
+        closeness = classifiers[thing["class"]] @ F.normalize(tower.image([centre(cut, tower.side)]), dim=-1)[0]
         thing["color"] = COLORS[int(closeness.argmax())]
+
+
+def centre(image, side):
+    """Resize the shorter side and cut out the centre as torchvision does for the official script: transformers rounds
+    the cut's place down, torchvision to an even number."""
+    short = min(image.size)
+    image = image.resize([int(side * n / short) for n in image.size], Image.Resampling.BICUBIC)
+    left, top = (round((n - side) / 2) for n in image.size)
+    return image.crop((left, top, left + side, top + side))

@@ -13,6 +13,7 @@ from functools import partial
 from PIL import Image
 from tqdm import tqdm
 
+from common.images import open_image
 from evaluation.clip import clip_scores
 from evaluation.frechet import Statistics
 from evaluation.processes import gathered, processes
@@ -91,7 +92,7 @@ def measure(networks, items, resolution, side, batch_size, title):
 
 def side_of(path):
     """Return the side of a picture. Refuse one that is not square."""
-    with Image.open(path) as image:
+    with open_image(path) as image:
         width, height = image.size
     if width != height:
         raise ValueError(f"{path} is {width} x {height}: pictures must be square, as Inception would squash them")

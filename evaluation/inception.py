@@ -185,9 +185,12 @@ def load(path="", device="cpu", resize="clean"):
     net = Inception()
     try:
         net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"{file} does not hold FID's Inception ({' '.join(str(error).split())[:300]}): the file is "
-                         f"{URL}") from None
+    except pickle.UnpicklingError:  # whose advice is to load the file unsafely
+        raise ValueError(f"{file} holds more than tensors, or is no file of torch's: FID's Inception is {URL}"
+                         ) from None
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError) as error:
+        reason = "it is TorchScript" if "TorchScript" in str(error) else " ".join(str(error).split())[:300]
+        raise ValueError(f"{file} does not hold FID's Inception ({reason}): the file is {URL}") from None
     net.prepare, net.width, net.name = RESIZES[resize], WIDTH, str(file)
     net.about = {"network_sha256": digest, "published": digest == SHA256, "resize": resize}
     return net.to(device).eval().requires_grad_(False)

@@ -6,8 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
+from common.images import open_image
 from pictures import captions, shapes
 from pictures.sources import pictures_below
 
@@ -42,7 +41,7 @@ def read(source, count=0):
                          f"({', '.join(captions.TABLES)})")
     try:
         if kind == ".txt":
-            lines = path.read_text(encoding="utf-8-sig").split("\n")
+            lines = captions.decoded(path.read_bytes()).split("\n")
             prompts = [Prompt(line.strip()) for line in lines if line.strip()]
         else:
             first = {}
@@ -103,7 +102,7 @@ def captions_for(folder, paths, source, prompts):
 def prompt_inside(path):
     """Return the prompt inside a PNG of sample.py or eval_fid.py, or None."""
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             text = getattr(image, "text", {})
             return text.get("prompt") if "seed" in text else None
     except Exception:

@@ -9,6 +9,7 @@ A captions file is one of these, as it is or inside an archive; the first captio
     by name    {"picture.png": "caption"} or {"picture.png": {"p": "caption"}}
     texts      an archive or folder of NAME.txt, the caption of picture NAME
 """
+import codecs
 import csv
 import html
 import io
@@ -28,6 +29,10 @@ FILE_FIELDS = ("file_name", "img_path", "image_path", "image", "img", "filename"
 ID_FIELDS = ("image_name", "image_id", "name")  # where there is no file's name, or if they are that without its ending
 CAPTION_FIELDS = ("caption", "prompt", "caption_str", "text", "p")
 TABLES = (".json", ".jsonl", ".tsv", ".csv")
+MOST_BYTES = 2 ** 30  # of a table of captions
+MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
+         codecs.BOM_UTF16_BE: "utf-16"}
+UNREADABLE = "\ufffd"  # stands for what could not be decoded
 
 
 def caption_chooser(captions="", clean=False, nsfw_scores="", max_nsfw=0.2):
@@ -42,6 +47,8 @@ def caption_chooser(captions="", clean=False, nsfw_scores="", max_nsfw=0.2):
             return name, Lost(f"NSFW score above {max_nsfw}, or none"), caption
         caption = find(name) if find else caption
         caption = caption if isinstance(caption, str) else ""
+        if UNREADABLE in caption:
+            return name, Lost("its caption is neither UTF-8 nor marked as UTF-16 or UTF-32"), caption
         caption = caption.encode("utf-8", "replace").decode()  # halves of surrogate pairs, which no tokenizer takes
         caption = clean_web_caption(caption) if clean else caption.strip()
         return name, picture if caption else Lost("no caption"), caption
@@ -73,20 +80,38 @@ def members(path):
         with tarfile.open(path) as tar:
             for member in tar:
                 if member.isfile():
+                    check_size(member.name, member.size)
                     yield member.name, tar.extractfile(member).read()
                 tar.members = []  # tarfile would keep millions of them
     elif path.name.lower().endswith(".zip"):
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
-                yield name, archive.read(name)
+                yield name, table_of(archive, name)
     else:
         yield path.name, path.read_bytes()
+
+
+def table_of(archive, name):
+    """Return what a zip holds under a name; ValueError if it is larger than any table of captions."""
+    check_size(name, archive.getinfo(name).file_size)
+    return archive.read(name)
+
+
+def check_size(name, size):
+    if size > MOST_BYTES:
+        raise ValueError(f"{name} has {size:,} bytes, more than is harmless")
+
+
+def decoded(data):
+    """Return the text of a file: UTF-16 or UTF-32 if a byte order mark says so, else UTF-8, with or without one."""
+    encoding = next((name for mark, name in MARKS.items() if data.startswith(mark)), "utf-8-sig")
+    return data.decode(encoding, "replace")
 
 
 def captions_by_name(file, data):
     """Return {picture name: its first caption} of a file of captions."""
     if file.lower().endswith(".txt"):
-        text = data.decode("utf-8", "replace").strip()
+        text = decoded(data).strip()
         return {str(PurePosixPath(file).with_suffix("")): text} if text else {}
     table = records(file, data) if file.lower().endswith(TABLES) else []
     return {name: caption for names, caption in reversed(table) if caption for name in names}
@@ -94,7 +119,7 @@ def captions_by_name(file, data):
 
 def records(name, data):
     """Return [(names of the picture, caption or None)] of a table of captions."""
-    text, ending = data.decode("utf-8-sig", "replace"), PurePosixPath(name).suffix.lower()
+    text, ending = decoded(data), PurePosixPath(name).suffix.lower()
     if ending == ".csv":
         csv.field_size_limit(2 ** 31 - 1)
         rows = csv.DictReader(io.StringIO(text))
@@ -156,7 +181,7 @@ def text_of(folder, name):
     """Return the caption of a picture from folder/NAME.txt."""
     def read(key):
         path = Path(folder, f"{key}.txt")
-        return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else None
+        return decoded(path.read_bytes()).strip() if path.is_file() else None
     return look_up(read, name)
 
 

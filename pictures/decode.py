@@ -10,13 +10,16 @@ import signal
 import sys
 import warnings
 from collections import deque
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 
 import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from common.images import open_image
 from common.machine import exit_with_parent
+
+MOST_SIDE = 65_500  # pixels, as in a JPEG
 
 # load() makes an error of it, for which a filter would not do: threads share the filters
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -39,16 +42,18 @@ def squares(picture, resolutions, shortest):
         return Unusable(picture)
     try:
         image = picture if isinstance(picture, Image.Image) else load(picture, shortest)
+        return image.width, image.height, [square(image, r) for r in resolutions]
     except Unusable as reason:
         return reason
-    return image.width, image.height, [square(image, r) for r in resolutions]
+    except MemoryError:
+        return Unusable("no memory for it")
 
 
 def load(picture, shortest):
     """Open a picture as RGB, upright, with white behind what is transparent."""
     try:
-        with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
-            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        with open_image(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS or max(image.size) > MOST_SIDE:
                 raise Unusable(f"DecompressionBomb: {image.width} x {image.height}, more than is harmless")
             if min(image.size) < shortest:
                 raise Unusable(f"too small: {image.width} x {image.height}, the shorter side must have {shortest}")
@@ -121,6 +126,28 @@ class InThisProcess(Executor):
         return future
 
 
+class Workers(Executor):
+    """A pool of n processes, which goes on when a picture has ended one of them."""
+
+    def __init__(self, n, method):
+        self.n, self.method = n, method
+        self.start()
+
+    def start(self):
+        self.pool = ProcessPoolExecutor(self.n, multiprocessing.get_context(self.method), begin_worker)
+
+    def submit(self, function, *args):
+        try:
+            return self.pool.submit(function, *args)
+        except BrokenExecutor:
+            self.method = "spawn"  # by now there may be threads and a GPU, with which a process must not be forked
+            self.start()
+            return self.pool.submit(function, *args)
+
+    def shutdown(self, wait=True, *, cancel_futures=False):
+        self.pool.shutdown(wait, cancel_futures=cancel_futures)
+
+
 def start_workers(n):
     """Start n processes that decode pictures, or for -1 as many as this process has cores to itself.
 
@@ -132,7 +159,7 @@ def start_workers(n):
     if n == 0:
         return InThisProcess()
     method = "fork" if sys.platform == "linux" else "spawn"
-    pool = ProcessPoolExecutor(n, multiprocessing.get_context(method), begin_worker)
+    pool = Workers(n, method)
     pool.submit(int).result()
     return pool
 
@@ -151,17 +178,30 @@ def decode_ahead(pictures, pool, ahead, resolutions, shortest):
     for shard, entry in itertools.chain(pictures, [(None, None)] * ahead):  # so many, to push out the last ones
         if entry:
             name, picture, caption = entry
-            entry = name, pool.submit(squares, picture, resolutions, shortest), caption
+            args = squares, picture, resolutions, shortest
+            entry = name, (pool.submit(*args), args), caption
         waiting.append((shard, entry))
         if len(waiting) > ahead:
             shard, entry = waiting.popleft()
-            yield shard, entry and (entry[0], entry[1].result(), entry[2])
+            yield shard, entry and (entry[0], outcome(*entry[1]), entry[2])
+
+
+def outcome(future, args):
+    """Return the future's result. If a process has ended over it or over another picture, try it again alone."""
+    try:
+        return future.result()
+    except BrokenExecutor:
+        with Workers(1, "spawn") as alone:
+            try:
+                return alone.submit(*args).result()
+            except BrokenExecutor:
+                return Unusable("decoding it ends the process: for want of memory, or by an error in its decoder")
 
 
 def read_squares(parts, limit, side, workers):
-    """Decode the first `limit` pictures of a source's parts -> (uint8 (n, side, side, 3), ["NAME: why it is skipped"]).
+    """Decode the first `limit` pictures of a source's parts into uint8 (n, side, side, 3); ValueError if under two.
 
-    Those with a shorter side than `side` are skipped.
+    What cannot be used, or has a shorter side than `side`, is skipped, and counted on the console.
     """
     samples = itertools.chain.from_iterable(part.samples(lambda position: True) for part in parts)
     entries = itertools.islice(itertools.chain.from_iterable(samples), limit)
@@ -173,4 +213,9 @@ def read_squares(parts, limit, side, workers):
                 skipped.append(f"{name}: {picture}")
             else:
                 found.append(picture[2][0])
-    return np.stack(found) if found else np.empty((0, side, side, 3), np.uint8), skipped
+    first = f", {len(skipped):,} cannot be used, the first is {skipped[0]}" if skipped else ""
+    if len(found) < 2:
+        raise ValueError(f"{len(found)} pictures are too few{first}: at least 2 are needed")
+    if skipped:
+        print(f"{len(found):,} pictures{first}")
+    return np.stack(found)

@@ -51,9 +51,20 @@ def gather(folder, info, records):
 
 def delete_prepared(folder):
     """Delete what a preparation has left in a folder, and nothing else that lies there."""
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if OURS.fullmatch(path.name):
-            path.unlink()
+    for path in prepared(folder):
+        path.unlink()
+
+
+def prepared(folder):
+    """Return what a preparation has left in a folder."""
+    return [path for path in folder.iterdir() if OURS.fullmatch(path.name)] if folder.is_dir() else []
+
+
+def missing(folder, info):
+    """Return the files of shards that should be there and are not."""
+    kinds = [f"latents{r}.npy" for r in info["resolutions"]] + ["captions.npy", "rows.jsonl"]
+    paths = (folder / f"{shard['name']}.{kind}" for shard in info["shards"] for kind in kinds)
+    return [path for path in paths if not path.exists()]
 
 
 def delete_records(folder):

@@ -18,13 +18,16 @@ from itertools import groupby
 from pathlib import Path
 
 from pictures import shapes
-from pictures.captions import TABLES, captions_by_name, look_up, records
+from pictures.captions import TABLES, captions_by_name, decoded, look_up, records, table_of
 from pictures.decode import Lost
 
+READ = (".txt", ".json")  # of what lies beside pictures
 PICTURES = (".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 ARCHIVES = (".tar", ".tgz", ".tar.gz", ".zip")
 MOST_ZEROS = 2 ** 21  # at the end of a tar; it is filled up to a multiple of 10 kB, or of what tar -b says
 COUNTED = 2 ** 30  # bytes of archives that are counted before the rest is estimated
+MOST_BYTES = 2 ** 28  # of a file in an archive: no harmless picture or caption is larger
+MOST_HEADER = 2 ** 20  # bytes of names and comments of a file in a tar
 
 
 @dataclass
@@ -33,9 +36,10 @@ class Part:
     names: tuple        # the archive's name, or those of the pictures
     size: int           # of an archive, in bytes; of a piece, in pictures
     samples: Callable   # (wanted) -> iterator of samples; None for those with not wanted(position), which are not read
+    known: int = None   # how many samples it has, where that needs no looking
 
     def count(self):
-        return sum(1 for _ in self.samples(lambda position: False))
+        return sum(1 for _ in self.samples(lambda position: False)) if self.known is None else self.known
 
 
 def find_parts(source, piece, root=""):
@@ -69,10 +73,14 @@ def find_parts(source, piece, root=""):
 
 def drawn_parts(seeds, size, piece):
     """Return the parts of the drawn set: shapes.scene of each seed."""
-    def drawn(name, seed):
-        image, caption, _ = shapes.scene(seed, size=size)
-        return name, image, caption
-    return pieces([(f"shapes/{i}", i) for i in seeds], piece, drawn)
+    def samples(seeds, wanted):
+        for position, seed in enumerate(seeds):
+            if wanted(position):
+                image, caption, _ = shapes.scene(seed, size=size)
+            yield [(f"shapes/{seed}", image, caption)] if wanted(position) else None
+    groups = [seeds[i:i + piece] for i in range(0, len(seeds), piece)]
+    return [Part((f"shapes/{group[0]} to {group[-1]}",), len(group), functools.partial(samples, group), len(group))
+            for group in groups]
 
 
 def fingerprint(parts):
@@ -126,7 +134,8 @@ def pieces(entries, piece, sample):
         for position, entry in enumerate(entries):
             yield [sample(*entry)] if wanted(position) else None
     groups = [entries[i:i + piece] for i in range(0, len(entries), piece)]
-    return [Part(tuple(name for name, *_ in group), len(group), functools.partial(samples, group)) for group in groups]
+    return [Part(tuple(name for name, *_ in group), len(group), functools.partial(samples, group), len(group))
+            for group in groups]
 
 
 def file_sample(name, path):
@@ -160,8 +169,18 @@ def manifest_sample(name, path, caption):
 # Archives
 
 
+# members that describe the next one, and which tarfile reads whole
+EXTENSIONS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME,
+              tarfile.GNUTYPE_LONGLINK)
+
+
 class Header(tarfile.TarInfo):
     """Raises ReadError for a damaged header and for zeros in the middle, which tarfile takes for the archive's end."""
+    def _proc_member(self, tar):  # which tarfile offers to subclasses
+        if self.type in EXTENSIONS and self.size > MOST_HEADER:
+            raise tarfile.ReadError(f"a header of {self.size:,} bytes")
+        return super()._proc_member(tar)
+
     @classmethod
     def fromtarfile(cls, tar):
         try:
@@ -184,7 +203,7 @@ def tar_samples(path, label, wanted):
     position, files = 0, {}
     try:
         with tarfile.open(path, tarinfo=Header, ignore_zeros=True) as tar:
-            members = (m for m in tar if not m.isdir() and (m.isfile() or is_picture(m.name)))
+            members = (m for m in tar if m.isfile() and m.name.lower().endswith(READ) or is_picture(m.name))
             for _, group in groupby(members, lambda m: sample_key(m.name)):
                 read, files = wanted(position), {}
                 for member in group:  # in order and only once: a compressed tar cannot go back
@@ -193,7 +212,7 @@ def tar_samples(path, label, wanted):
                         files[member.name] = Lost("a link, or there twice")
                     else:
                         files[member.name] = Lost("cut off")  # if the next line fails
-                        files[member.name] = tar.extractfile(member).read() if read else b""
+                        files[member.name] = content(member.size, lambda m=member: tar.extractfile(m).read(), read)
                 if any(map(is_picture, files)):
                     yield sample(label, files) if read else None
                     position += 1
@@ -201,20 +220,20 @@ def tar_samples(path, label, wanted):
     except Exception as error:  # tarfile, gzip, bz2, lzma and zlib raise errors of their own
         if any(map(is_picture, files)):
             yield sample(label, files)
-        yield [lost(label, f"the archive breaks off here: {error}")]
+        yield [lost(label, f"the archive breaks off here: {type(error).__name__}: {error}")]
 
 
 def zip_samples(path, label, wanted):
     """Yield the samples of a zip by name. A .json that belongs to no picture (DiffusionDB's) gives captions to all."""
     try:
         with zipfile.ZipFile(path) as archive:
-            files = (name for name in archive.namelist() if not name.endswith("/"))
+            files = (name for name in archive.namelist() if name.lower().endswith(PICTURES + READ))
             files = sorted(files, key=lambda name: (sample_key(name), name))
             groups = [list(group) for _, group in groupby(files, sample_key)]
             captions, position = {}, 0
             for name in (group[0] for group in groups if len(group) == 1 and group[0].lower().endswith(".json")):
                 try:
-                    captions |= captions_by_name(name, archive.read(name))
+                    captions |= captions_by_name(name, table_of(archive, name))
                 except Exception as error:
                     yield [lost(label, f"{name} cannot be read: {error}")]
                     position += 1
@@ -230,11 +249,22 @@ def zip_sample(label, archive, names, captions):
     files = {}
     for name in names:
         try:
-            files[name] = Lost("there twice") if name in files else archive.read(name)
+            files[name] = Lost("there twice") if name in files else content(
+                archive.getinfo(name).file_size, lambda name=name: archive.read(name))
         except Exception as error:  # zlib, bz2 and lzma raise their own errors
             files[name] = Lost(f"cannot be read: {error}")
     return [(name, picture, look_up(captions.get, name) if caption is None else caption)
             for name, picture, caption in sample(label, files)]
+
+
+def content(size, read, wanted=True):
+    """Return read() of a file of `size` bytes, b"" if it is not wanted, or Lost if it is too large."""
+    if size > MOST_BYTES:
+        return Lost(f"{size:,} bytes, more than is harmless")
+    try:
+        return read() if wanted else b""
+    except MemoryError:
+        return Lost(f"no memory for its {size:,} bytes")
 
 
 def lost(label, reason):
@@ -270,7 +300,7 @@ def caption_among(files, stem):
     beside = {name[len(stem):].lower(): data for name, data in files.items()
               if name.startswith(stem) and isinstance(data, bytes)}
     if ".txt" in beside:
-        return beside[".txt"].decode("utf-8", "replace").strip()
+        return decoded(beside[".txt"]).strip()
     try:
         return json.loads(beside[".json"])["caption"]
     except (ValueError, KeyError, TypeError, RecursionError):

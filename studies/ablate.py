@@ -13,17 +13,17 @@ steps are as many as the config makes without masking. Finished runs are not mad
 """
 import sys
 
-from configurator import configure, parse_command_line, script_settings
+from configurator import ROOT, check, configure, parse_command_line, read_defaults, script_settings
 
 config = "config/masking.py"  # what all arms share
 arms = ("unmasked", "naive", "deferred", "deferred+unmasked", "small_dense")  # default arms, where no --arm is given
-seeds = (0, 1, 2)             # of each arm
+seeds = (0, 1, 2)             # of each arm (>= 0)
 data = ("data/shapes",)       # prepared folders
 val_data = ()                 # prepared folders to validate on; empty: the last 1 % of each of `data`
 out = "runs/masking"          # folder of the runs, of the table of all of them, and of the plot
-budget = 10.0                 # training TFLOP of a run
-count = 128                   # prompts of the attribute scores, if `data` is the drawn set; 0: no scores
-parallel = 0                  # runs side by side; 0: one for each GPU, or for each core
+budget = 10.0                 # training TFLOP of a run (> 0)
+count = 128                   # prompts of the attribute scores, if `data` is the drawn set; 0: no scores (>= 0)
+parallel = 0                  # runs side by side; 0: one for each GPU, or for each core (>= 0)
 
 
 def take_arms(words):
@@ -96,8 +96,9 @@ def read_arm(name, *words):
         for key, value in changes.items():
             if len(words_of(value)) != len(words_of(defaults.get(key))):
                 raise ValueError(f"{key} is {value}: it needs as many values as in {config}, {key}=A,B")
-        if min(settings["eval_every"], settings["batch_size"]) < 1 or not 0 <= tail < 1:
-            raise ValueError("eval_every and batch_size must be above 0, and tail at least 0 and below 1")
+        check(settings, read_defaults(ROOT / "train.py") | {"tail": (0.0, "(>= 0, < 1)")})
+        if not settings["eval_every"]:
+            raise ValueError("eval_every is 0: it must be at least 1")
         step, unmasked = (training_flops(settings, info, ratio) for ratio in (settings["mask_ratio"], 0.0))
         steps, last = budget * 1e12 * (1 - tail) / step, budget * 1e12 * tail / unmasked
         total = int(budget * 1e12 / training_flops(defaults, info, 0.0))

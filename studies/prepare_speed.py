@@ -9,9 +9,9 @@ The weights are random, as that takes as long as real ones, and the pictures JPE
 """
 from configurator import configure
 
-pictures = 24               # pictures to prepare
-processes = 1               # GPUs, or processes without one
-workers = -1                # processes that decode pictures, for each GPU; -1: all cores
+pictures = 24               # pictures to prepare (>= 1)
+processes = 1               # GPUs, or processes without one (>= 1)
+workers = -1                # processes that decode pictures, for each GPU; -1: all cores (>= -1)
 
 if __name__ == "__main__":
     settings = configure(globals())
@@ -78,6 +78,4 @@ def main():
 
 
 if __name__ == "__main__":
-    if min(pictures, processes) < 1:
-        raise SystemExit(f"prepare_speed.py: pictures {pictures}, processes {processes}: they must be at least 1")
     main()

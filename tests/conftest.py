@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.chdir(ROOT)
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
+from common.files import HELD  # noqa: E402 (from the folder above)
+
 torch.set_num_threads(1)  # small tensors, and the suite runs as two processes
 
 SMALL = ("--latent_size=8", "--dim=32", "--depth=2", "--head_dim=8", "--mlp_multiple=8", "--mixer_depth=1",
@@ -108,5 +110,8 @@ def small_disk(tmp_path):
         return folder
 
     yield make
+    for lock in HELD.values():  # of scripts that ran in this process
+        lock.close()
+    HELD.clear()
     for folder in mounted:
         subprocess.run(["umount", str(folder)], check=True)

@@ -7,7 +7,7 @@ from dataclasses import fields
 import pytest
 from conftest import ROOT
 
-from configurator import read_defaults, script_settings
+from configurator import allowed, check, read_defaults, script_settings
 from model import MicroDiTConfig
 
 SCRIPT = '''"""A script.
@@ -20,14 +20,16 @@ rate = 0.5          # how fast
 name = "x"          # what it is called
 fast = False        # hurry, and say
                     # so
-sides = (32,)       # of the pictures
+sides = (32,)       # of the pictures (>= 1)
 words = ()          # any
+few = 0             # how few (>= 0, < 3)
+kind = "a"          # which (a | b)
 
 if __name__ == "__main__":
     configure(globals())
 
 later = 3
-print(dict(steps=steps, rate=rate, name=name, fast=fast, sides=sides, words=words))
+print(dict(steps=steps, rate=rate, name=name, fast=fast, sides=sides, words=words, few=few, kind=kind))
 '''
 
 
@@ -54,7 +56,7 @@ def run(tmp_path):
     return run
 
 
-DEFAULTS = dict(steps=10, rate=0.5, name="x", fast=False, sides=(32,), words=())
+DEFAULTS = dict(steps=10, rate=0.5, name="x", fast=False, sides=(32,), words=(), few=0, kind="a")
 
 
 def test_defaults_file_command_line(run):
@@ -134,3 +136,26 @@ def test_the_networks_fields_are_settings_of_train():
     assert not settings.keys() & decided_by_data
     assert settings.items() >= {(f.name, f.default) for f in fields(MicroDiTConfig) if f.name not in decided_by_data}
     assert script_settings("train.py", "config/tiny.py")["dim"] == 128
+
+
+FREE = {"p_mean", "guidance_scale", "guidance_scales", "sample_guidance"}  # any finite number will do
+
+
+@pytest.mark.parametrize("script", (*SCRIPTS, "train_vae.py", "studies/prepare_speed.py"))
+def test_every_number_says_what_it_may_be_and_is_it(script):
+    described = read_defaults(ROOT / script)
+    check({name: default for name, (default, _) in described.items()}, described)
+    for name, (default, comment) in described.items():
+        example = (*default, "")[0] if isinstance(default, tuple) else default
+        if type(example) in (int, float) and name not in FREE:
+            assert any(allowed(comment)), f"{script}: {name} has no rule like (>= 1) in its comment"
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--few=-1"], "few is -1: it must be at least 0 and below 3"), (["--few=3"], "few is 3"),
+    (["--rate=nan"], "finite"),
+    (["--rate=inf"], "rate is inf: it must be finite"), (["--kind=c"], "kind is 'c': it must be a or b"),
+    (["--sides", "8", "0"], "sides is (8, 0): it must be at least 1")])
+def test_values_out_of_range(run, args, words):
+    assert run("--few=2", "--kind", "b", "--rate=-3")["few"] == 2
+    assert words in run(*args, fails=True)

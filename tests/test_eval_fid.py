@@ -100,7 +100,7 @@ def test_numbers_equal_their_definitions(models, evaluate):
     networks = protocol["networks"]
     assert protocol["resolution"] == 40 and networks["fid"]["resize"] == "clean" and not networks["fid"]["published"]
     assert result["pictures"] == 7 and networks["clip_score"]["name"] == str(models / "clip")
-    assert protocol["reference"]["pictures"] == 9
+    assert protocol["reference"]["pictures"] == 9 and "bicubic" in protocol["pictures"]
 
 
 def test_statistics_of_the_reference_are_kept_and_used(models, evaluate, tmp_path):
@@ -276,7 +276,6 @@ def test_settings_are_refused_before_anything_is_loaded(models, evaluate, tmp_pa
     for settings, message in [
             (made, "need a --reference"), (made | {"metrics": ("fud",)}, "'fud' is none of"),
             (made | {"metrics": ("attributes",)}, "of the drawn set"),
-            (made | {"resize": "bilinear"}, "'bilinear' is none of clean"),
             (made | {"reference": "nowhere"}, "'nowhere' is not"), (made | fid | {"matched": True}, "matched needs"),
             (made | fid | {"matched": True, "captions": unnamed}, "'' \\(0 times"),
             (made | fid | {"matched": True, "captions": named, "reference": two}, "1 of .*else/x.jpg"),
@@ -287,10 +286,10 @@ def test_settings_are_refused_before_anything_is_loaded(models, evaluate, tmp_pa
             (made | score | run, "leave them out with --images"),
             (score | {"images": "nowhere"}, "no folder of pictures nowhere"),
             (run | score | {"captions": "no.txt"}, "no captions file no.txt"),
-            (run | {"sampler": "euler"}, "'euler' is none of heun"), (run | {"steps": 0}, "steps 0"),
+            (made | fid | {"captions": "no.json"}, "no captions file no.json"),
             (run | {"out": unnamed}, "unnamed"), (run | fid | {"count": 1}, "needs two pictures"),
             ({"checkpoint": "nowhere"}, "no checkpoint nowhere"),
             *((run | {"guidance_scales": scales}, "all different, from 0 on")
-              for scales in ((), (float("nan"),), (-3.0,), (1.0, 1.0000001), (float("inf"),)))]:
+              for scales in ((), (float("nan"),), (-3.0,), (1.0, 1.0000001)))]:
         with pytest.raises((ValueError, FileExistsError), match=message):
             evaluate(**settings)

@@ -106,7 +106,8 @@ def test_the_network_is_the_published_files(net, weights):
 
 @pytest.mark.parametrize("kind, message", [
     ("torchvision's", "AuxLogits.*fc.bias"), ("part", "Missing key.*Mixed_7c"), ("a list", "list"), ("code", "x.pth"),
-    ("cut", "x.pth"), ("text", "x.pth"), ("nothing", "no file")])
+    ("cut", "x.pth"), ("text", "x.pth"), ("nothing", "no file"), ("TorchScript", "it is TorchScript"),
+    ("a picture", "no file of torch's")])
 def test_foreign_and_damaged_files_are_refused(state, weights, tmp_path, kind, message):
     file = tmp_path / "x.pth"
     foreign = {
@@ -114,11 +115,16 @@ def test_foreign_and_damaged_files_are_refused(state, weights, tmp_path, kind, m
         "part": {n: t for n, t in state.items() if "Mixed_7c" not in n}, "a list": [torch.zeros(1)], "code": Path("x")}
     if kind in foreign:
         torch.save(foreign[kind], file)
+    elif kind == "TorchScript":
+        torch.jit.save(torch.jit.script(torch.nn.ReLU()), file)
+    elif kind == "a picture":
+        Image.new("RGB", (8, 8)).save(file, "PNG")
     elif kind != "nothing":
         file.write_bytes(weights.read_bytes()[:50_000_000] if kind == "cut" else b"<html>not found</html>")
     with pytest.raises(ValueError, match=message) as error:
         inception.load(file)
     assert "x.pth" in str(error.value) and inception.URL in str(error.value)
+    assert "weights_only" not in str(error.value)  # torch's advice is to unpickle unsafely
 
 
 def test_the_download_is_whole_or_nothing_and_is_used_again(tmp_path, weights, monkeypatch):

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import model
 import train
 from common.files import write_json
+from common.schema import COUNT
 from configurator import script_settings
 from training import checkpoint, state
 from training.batches import Batches, prefetched, to_device
@@ -49,6 +50,7 @@ def run(monkeypatch, shapes16):
         made = old or train.new_state(TINY, {}, CPU.device)
         with monkeypatch.context() as patch:
             patch.setattr(State, "save", MagicMock())
+            patch.setattr(State, "begin", MagicMock())
             train.train(made, made.net if net is None else net, ready, quiet, CPU)
         return made
 
@@ -275,7 +277,7 @@ def test_what_is_synced_is_what_counts(tmp_path, monkeypatch):
     assert (path.stat().st_ino, path.stat().st_size) in [(file.st_ino, file.st_size) for file in synced]
     assert stat.S_IMODE(path.stat().st_mode) == 0o640 and [p.name for p in tmp_path.iterdir()] == [path.name]
     assert load_file(path)["model.final.linear.weight"].shape == (48, 32)  # as the safetensors package reads it
-    assert checkpoint.read(path)[0]["step"] == 1
+    assert checkpoint.read(path, schema={"step": COUNT}, whole=True)[0]["step"] == 1
 
 
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error")])
@@ -313,7 +315,8 @@ def test_a_hundred_shards_with_64_open_files(shapes16, tmp_path, monkeypatch):
 @pytest.mark.parametrize("share, warned", [(0.5, 1), (0.9, 0)])
 def test_a_busy_machine_is_noticed_once(run, shapes16, tmp_path, capsys, monkeypatch, share, warned):
     settings = script_settings("train.py") | {"out": str(tmp_path), "sample_every": 0, "batch_size": 4}
-    report = Report(run(1), settings, (Dataset(shapes16, 8), Rows([range(4)])), train.autocast, CPU)
+    data = Dataset(shapes16, 8)
+    report = Report(run(1), settings, data, (data, Rows([range(4)])), train.autocast, CPU)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(report.meter, "cpu_share", lambda: share)
     for step in (5, 20, 40):

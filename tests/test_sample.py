@@ -100,7 +100,7 @@ def test_the_newest_run_that_is_no_trial_is_the_default(tmp_path):
 
 @pytest.mark.parametrize("args, words", [
     ([], "no prompt"), (["--prompt", "a", " "], "prompt 2 is empty"), (["--prompt="], "no prompt"),
-    (["--prompts_file=none.txt"], "none.txt"), (["--prompt=a", "--sampler=euler"], "there are heun"),
+    (["--prompts_file=none.txt"], "none.txt"), (["--prompt=a", "--sampler=euler"], "must be heun or dpmpp_2m"),
     (["--prompt=a", "--steps=0"], "steps is 0"), (["--prompt=a", "--sigma_max=-1"], "sigma_max"),
     (["--prompt", "a", "b", "c", "--negative_prompt", "d", "e"], "2 negative prompts for 3 prompts"),
     (["--prompt=a", "--checkpoint=nothing"], "no checkpoint nothing"),

@@ -120,11 +120,12 @@ BAD = {
 def test_a_folder_of_strange_files(tmp_path):
     write(tmp_path, GOOD | {name: data for name, (data, _) in BAD.items()})
     for name in GOOD | BAD:
-        (tmp_path / name).with_suffix(".txt").write_bytes(b"caption of " + os.fsencode(name))
-    kept = {"huge": b"word " * 20_000, "bom": b"\xef\xbb\xbfmark", "latin1": b"K\xe4se", "nul": b"a\0b\x1b[31m"}
+        (tmp_path / name).with_suffix(".txt").write_text(f"caption of {ascii(name)}")
+    kept = {"huge": b"word " * 20_000, "bom": b"\xef\xbb\xbfmark", "nul": b"a\0b\x1b[31m"}
     silent = {"blank": b" \n\t ", "void": b"", "json": b"", "none": b""}
     for name, text in (kept | silent).items():
         write(tmp_path, {f"{name}.png": PNG, f"{name}.txt": text})
+    write(tmp_path, {"latin1.png": PNG, "latin1.txt": b"K\xe4se"})
     (tmp_path / "none.txt").unlink()
     (tmp_path / "json.txt").rename(tmp_path / "json.json")
     (tmp_path / "folder.png").mkdir()
@@ -133,10 +134,10 @@ def test_a_folder_of_strange_files(tmp_path):
     write(tmp_path, {"cut.json": b'{"caption": "not', "notes.md": b"x", "Thumbs.db": b"x", ".DS_Store": b"x"})
     good, bad = read(tmp_path)
     assert good.keys() == GOOD.keys() | {f"{name}.png" for name in kept}
-    assert len(good["huge.png"]) == 99_999 and good["nul.png"] == "a\0b\x1b[31m"
+    assert len(good["huge.png"]) == 99_999 and good["nul.png"] == "a\0b\x1b[31m" and good["bom.png"] == "mark"
     assert all(good[name].startswith("caption of ") for name in GOOD)
     wanted = {name: reason for name, (_, reason) in BAD.items()} | {f"{name}.png": "no caption" for name in silent}
-    wanted |= {"nowhere.png": "not a file", "pipe.png": "not a file"}
+    wanted |= {"nowhere.png": "not a file", "pipe.png": "not a file", "latin1.png": "neither UTF-8"}
     assert bad.keys() == wanted.keys()
     assert not [(name, reasons) for name, reasons in bad.items() if len(reasons) > 1 or wanted[name] not in reasons[0]]
 

@@ -93,10 +93,11 @@ def test_a_small_study_and_its_restart(study, tmp_path, monkeypatch):
     ([["a", "dpeth=3"]], {}, "arm a: unknown setting 'dpeth': the nearest is 'depth'"),
     ([["a", "depth=three"]], {}, "arm a: --depth is 'three': it must be a whole number"),
     ([["a", "seed=3"]], {}, "unknown setting 'seed'"), ([["a", "dim=100"]], {}, "dim 100 is not a multiple"),
-    ([["a", "attn_ratio=1"]], {}, "attn_ratio"), ([["a", "batch_size=0"]], {}, "batch_size must be above 0"),
+    ([["a", "attn_ratio=1"]], {}, "attn_ratio"), ([["a", "batch_size=0"]], {}, "batch_size is 0: it must be"),
     ([["a", "tail=1"]], {}, "below 1"), ([["a", "tail=0.0001"]], {}, "less than a step for a part"),
     ([["a"], ["a"]], {}, "a name of its own"), ([["depth=3"]], {}, "a name of its own"), ([[]], {}, "a name"),
-    ([["a", "learning_rate=-1"]], {}, "config/masking.py for .*seed3: train.py: learning_rate is -1.0"),
+    ([["a", "learning_rate=-1"]], {}, "arm a: learning_rate is -1.0: it must be above 0"),
+    ([["a", "head_dim=7"]], {}, "head_dim"),
     ([], {"arms": ("deffered",)}, "no arm deffered: there are unmasked"), ([], {"data": ("nowhere",)}, "nowhere"),
     ([], {"seeds": ()}, "at least one seed"), ([], {"config": "config/none.py"}, "no config file"),
     ([], {"arms": ()}, "there must be some"), ([], {"forward_flops": lambda *_: None}, "FLOPs are not known")])

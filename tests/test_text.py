@@ -119,6 +119,14 @@ def test_t5_masks_the_padding_and_keeps_120_tokens(tmp_path):
     with torch.no_grad():
         expected = model(torch.tensor([[3, 4, 5, 3, 6, 1]])).last_hidden_state
     torch.testing.assert_close(out[:1, :6], expected, atol=1e-5, rtol=1e-4)
+    ids = encode.tokens(["A dog", "\u201ca\u201d &amp; dog"])["input_ids"]  # T5 is given captions as they are
+    assert ids[0, :3].tolist() == [2, 7, 1] and ids[1, :5].tolist() == [2, 3, 2, 2, 2]
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    write_clip(tmp_path, vocab_size=1000, bos_token_id=998, eos_token_id=999)
+    with pytest.raises(ValueError, match="counts tokens up to 49,407, its model has 1,000"):
+        text.load(tmp_path)
 
 
 @pytest.mark.parametrize("name, config, message", [

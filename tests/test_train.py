@@ -1,6 +1,7 @@
 """train.py as a user runs it: going on after a stop, processes, what it writes and shows, its export and errors."""
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -15,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train
-from configurator import script_settings
+from configurator import check, read_defaults, script_settings
 from model import MicroDiT, MicroDiTConfig
 from training import checkpoint, export
 from training.log import BINS
@@ -67,7 +68,8 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(fit, whole, tmp_path):
     assert_equal(part, whole)
     assert losses(part) == losses(whole) and len(losses(part)) == 8
     assert sorted(p.name for p in part.iterdir()) == [
-        "log.jsonl", "model.py", "progress.png", "run.json", "step_00000006.safetensors", "step_00000008.safetensors"]
+        ".lock", "log.jsonl", "model.py", "progress.png", "run.json", "step_00000006.safetensors",
+        "step_00000008.safetensors"]
     # finished: nothing to do; max_steps may grow, and another model.py is named, with what to do
     last = checkpoint.steps_of(part)[-1]
     run, tensors = checkpoint.read(last, ("",))
@@ -200,20 +202,18 @@ def test_mistakes_stop_before_anything_is_written(fit, tmp_path, args, words):
 
 
 def test_settings_out_of_range_are_refused(monkeypatch):
-    good = script_settings("train.py")
-    for name, value in (("mask_ratio", 1.0), ("schedule", "linear"), ("attn_ratio", (1,)), ("learning_rate", 0.0),
-                        ("checkpoint_every", -5), ("eval_every", -1), ("optimizer", "sgd"), ("log_every", 0),
-                        ("batch_size", 10), ("unmasked_steps", 250_001), ("wandb", "mine")):
+    good, described = script_settings("train.py"), read_defaults(ROOT / "train.py")
+    for name, value in (("mask_ratio", 1.0), ("schedule", "linear"), ("learning_rate", 0.0), ("checkpoint_every", -5),
+                        ("grad_clip", -1.0), ("optimizer", "sgd"), ("log_every", 0), ("p_mean", math.nan), ("dim", 0),
+                        ("head_dim", 0), ("depth", -1), ("mixer_depth", -1), ("expert_capacity", math.inf),
+                        ("seed", -1), ("attn_ratio", (0.5, math.nan))):
+        with pytest.raises(ValueError, match=name):
+            check(good | {name: value}, described)
+    for name, value in (("attn_ratio", (1,)), ("batch_size", 10), ("unmasked_steps", 250_001), ("wandb", "mine")):
         with monkeypatch.context() as patch, pytest.raises(ValueError, match=name):
             patch.setattr(train, "settings", good | {name: value}, raising=False)
             patch.setattr(train, name, value, raising=False)
             train.check_settings()
-    for name, value in (("WORLD_SIZE", "8"), ("LOCAL_WORLD_SIZE", "4"), ("TORCHELASTIC_MAX_RESTARTS", "3")):
-        monkeypatch.setenv(name, value)  # a restart would delete the run again
-    for name, value in (("settings", good), ("overwrite", True)):
-        monkeypatch.setattr(train, name, value, raising=False)
-    with pytest.raises(ValueError, match="--overwrite on several nodes"):
-        train.check_settings()
 
 
 def test_data_of_another_autoencoder_is_refused(fit, whole, shapes16, tmp_path):

@@ -130,6 +130,11 @@ def test_draws_have_the_posteriors_spread_and_a_picture_does_not_depend_on_its_b
     assert abs(z.mean()) < 0.02 and abs(z.std() - 1) < 0.02
 
 
+def test_sides_that_cannot_be_divided_are_refused(small):
+    with pytest.raises(ValueError, match="17 x 16: both must be multiples of"):
+        vae.load(small[1]).encode(torch.zeros(1, 3, 16, 17))
+
+
 def edited(folder, to, **changes):
     config = json.loads((folder / "config.json").read_text()) | changes
     to.mkdir()

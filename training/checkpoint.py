@@ -6,6 +6,7 @@ A checkpoint is one safetensors file, runs/NAME/step_00002000.safetensors, so it
     optimizer.{exp_avg,...}.*    the optimizers' state
     metadata["run"]              JSON: step, config (MicroDiTConfig), settings, data (what the data set says of itself),
                                  model_sha256 (of the model.py that made it)
+    metadata["sha256"]           of all tensors' bytes in the order of the file
 """
 import hashlib
 import json
@@ -19,13 +20,21 @@ from safetensors import SafetensorError, safe_open
 
 import model
 from common.files import write_atomic
-from encoders import released
+from common.schema import COUNT, NUMBER, TABLE, TEXT, check, check_tensors
+from configurator import check as check_settings
+from configurator import checked, read_fields
+from encoders import TEXT_ENCODER, VAE, released
 from model import MicroDiT, MicroDiTConfig
 
 PATTERN = "step_*.safetensors"
 TRIAL = 100  # steps below which a run is not taken for the newest, if there is another
 TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64",
          torch.int32: "I32", torch.uint8: "U8", torch.int8: "I8", torch.bool: "BOOL"}  # of the safetensors format
+
+
+RUN = {"step": COUNT, "config": TABLE, "model_sha256?": TEXT,
+       "settings": {"max_steps?": COUNT, "optimizer?": TEXT, "sample_guidance?": NUMBER},
+       "data": {"vae": VAE, "text_encoder": TEXT_ENCODER, "words?": [TEXT]}}
 
 
 class Damaged(ValueError):
@@ -47,7 +56,8 @@ def save(path, tensors, run):
     The safetensors package would write a temporary file of its own and rename that, so that what is synced to the disk
     is not what counts. Its format is a length, a JSON header and the buffers one after another.
     """
-    header, start = {"__metadata__": {"run": json.dumps(run)}}, 0
+    unknown, sha = "0" * 64, hashlib.sha256()
+    header, start = {"__metadata__": {"sha256": unknown, "run": json.dumps(run)}}, 0
     tensors = dict(sorted(tensors.items()))
     for name, t in tensors.items():
         size = t.numel() * t.element_size()
@@ -59,14 +69,18 @@ def save(path, tensors, run):
     def write(file):
         file.write(struct.pack("<Q", len(text)) + text)
         for t in tensors.values():
-            file.write(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            content = t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+            file.write(content)
+            sha.update(content)
+        file.seek(8 + text.index(unknown.encode()))  # the first thing in the header
+        file.write(sha.hexdigest().encode())
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, write)
 
 
 def steps_of(folder):
     """Return the checkpoints of a run, oldest first."""
-    return sorted(Path(folder).glob(PATTERN))
+    return sorted(path for path in Path(folder).glob(PATTERN) if path.is_file())
 
 
 def newest(root="runs"):
@@ -96,42 +110,87 @@ def find(path):
     return path
 
 
-def read(path, prefixes=()):
+def read(path, prefixes=(), whole=False, schema=RUN):
     """Return (run, {name: tensor}) of the tensors under these prefixes.
 
-    Damaged if the content is cut short or something else; OSError if the file cannot be read, which is no damage.
+    Damaged if the content is cut short or something else, and with `whole` if it is not what was written; OSError if
+    the file cannot be read, which is no damage.
     """
     with open(path, "rb") as file:  # safetensors does not tell a missing permission or a broken disk from damage
-        file.read(8)
+        (size,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
+        found = content_hash(file, 8 + size) if whole else None
     try:
         with safe_open(path, "pt") as file:
-            run = json.loads((file.metadata() or {})["run"])
-            return run, {name: file.get_tensor(name) for name in file.keys() if name.startswith(tuple(prefixes))}
-    except (SafetensorError, KeyError, ValueError) as error:
+            metadata = file.metadata() or {}
+            run = json.loads(metadata["run"])
+            if whole and found != metadata.get("sha256", found):  # earlier versions wrote none
+                raise ValueError("its content is not what was written")
+            tensors = {name: file.get_tensor(name) for name in file.keys() if name.startswith(tuple(prefixes))}
+    except (SafetensorError, KeyError, ValueError, RecursionError) as error:
         others = [str(p) for p in steps_of(Path(path).parent) if p != Path(path)]
         more = f" Other checkpoints of this run: {', '.join(others)}" if others else ""
         raise Damaged(f"{path} is not a whole checkpoint of this project ({type(error).__name__}: {error}).{more}"
                       ) from None
+    check(run, schema, path)
+    return run, tensors
+
+
+def is_foreign(path):
+    """Return whether a file is whole and of another program."""
+    try:
+        with safe_open(path, "pt") as file:
+            return "run" not in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
+def content_hash(file, start):
+    """Return the sha256 of what follows `start` in an open file."""
+    file.seek(start)
+    sha = hashlib.sha256()
+    while block := file.read(2 ** 24):
+        sha.update(block)
+    return sha.hexdigest()
 
 
 def strip(tensors, prefix):
     return {name[len(prefix):]: t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def load_network(path, use_ema=True):
-    """Return (network, run), with the averaged weights if wanted and there. A released .pt file gives its weights."""
+def load_network(path, use_ema=True, whole=False):
+    """Return (network, run), with the averaged weights if wanted and there. A released .pt file gives its weights.
+
+    whole: check first that the file is what was written, for which it is read twice.
+    """
     if str(path).endswith(released.SUFFIXES):
         return released.load(path)
-    run, tensors = read(path, ("model.", "ema.") if use_ema else ("model.",))
+    run, tensors = read(path, ("model.", "ema.") if use_ema else ("model.",), whole)
     warn_of_other_code(run, path)
+    weights = strip(tensors, "ema.") or strip(tensors, "model.")
     try:
-        net = MicroDiT(MicroDiTConfig(**run["config"]))
-        net.load_state_dict(strip(tensors, "ema.") or strip(tensors, "model."))
-    except (TypeError, RuntimeError) as error:
+        config = config_of(run, path)
+        if config.depth + config.mixer_depth > len(weights):
+            raise ValueError(f"depth {config.depth} and mixer_depth {config.mixer_depth} are more than it has tensors")
+        with torch.device("meta"):
+            check_tensors(MicroDiT(config), weights, path)
+        net = MicroDiT(config)
+        net.load_state_dict(weights)
+    except (TypeError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise ValueError(f"{path} is of another network than today's model.py builds ({reason}): see the model.py in "
                          "its folder") from None
+    if bad := next((name for name, t in weights.items() if not t.isfinite().all()), None):
+        raise ValueError(f"{path}: tensor {bad} is not finite, so it can draw nothing: take an earlier checkpoint")
     return net, run
+
+
+def config_of(run, path):
+    """Return the MicroDiTConfig of a checkpoint; ValueError for a field that is none or has no possible value."""
+    described = read_fields("model", "MicroDiTConfig")
+    config = {name: checked(path, name, value, described[name][0]) if name in described else value
+              for name, value in run["config"].items()}
+    check_settings({name: value for name, value in config.items() if name in described}, described)
+    return MicroDiTConfig(**config)
 
 
 def code_copy(folder, sha256):

@@ -12,15 +12,24 @@ skipped.jsonl; both go when dataset.json says "complete".
 """
 import json
 import math
+import os
+import re
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from common.files import write_array, write_lines
+from common.schema import COUNT, FLAG, SIZE, TABLE, TEXT, check, one_of
+from encoders import TEXT_ENCODER, VAE
 
 FORMAT = "nanomicrodit-dataset-1"
 BLOCK = 32  # neighbouring numbers of an int8 caption embedding that share a scale
+INFO = {"complete": FLAG, "rows": COUNT, "resolutions": [SIZE], "words": [TEXT], "skipped": TABLE, "settings": TABLE,
+        "shards": [{"name": (lambda v: isinstance(v, str) and re.fullmatch(r"\d{5,}(-\d{4,})?", v), "a shard's name"),
+                    "rows": COUNT}],
+        "vae": VAE | {"downsample": SIZE}, "text_encoder": TEXT_ENCODER | {"length": SIZE},
+        "caption_dtype?": one_of("float16", "int8"), "source_hash?": TEXT, "captions_cut?": COUNT}
 
 
 def write_shard(folder, name, latents, captions, rows, caption_dtype="float16"):
@@ -63,10 +72,12 @@ def read_info(folder):
         raise ValueError(f"no prepared data in {folder} (no dataset.json there): {how}")
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not readable JSON ({error}): prepare the folder again") from None
-    if info.get("format") != FORMAT:
-        raise ValueError(f"{path} has format {info.get('format')!r}, this version reads {FORMAT!r}: prepare it again")
+    check(info, {"format": TEXT}, path)
+    if info["format"] != FORMAT:
+        raise ValueError(f"{path} has format {info['format']!r}, this version reads {FORMAT!r}: prepare it again")
+    check(info, INFO, path)
     return info
 
 
@@ -98,24 +109,34 @@ class Array:
     def __init__(self, path, rows, shape, dtype):
         self.path, self.shape, self.dtype = path, shape, np.dtype(dtype)
         try:
+            if not os.path.isfile(path):  # which a pipe is not
+                raise OSError("no such file")
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"{path} is missing or cut short ({error}): prepare the folder again with "
                              "--overwrite") from None
-        if array.shape != (rows, *shape) or array.dtype != self.dtype:
-            raise ValueError(f"{path} holds {array.dtype} {array.shape}, dataset.json says {self.dtype} "
+        if array.shape != (rows, *shape) or array.dtype != self.dtype or not array.flags.c_contiguous:
+            order = "" if array.flags.c_contiguous else " in Fortran's order"
+            raise ValueError(f"{path} holds {array.dtype} {array.shape}{order}, dataset.json says {self.dtype} "
                              f"{(rows, *shape)}: prepare the folder again with --overwrite")
         self.offset, self.size = array.offset, math.prod(shape) * self.dtype.itemsize
+        self.written = os.stat(path).st_mtime_ns
 
     def read(self, row, out):
-        """Fill out, an array of this shape, with a row."""
+        """Fill out, an array of this shape, with a row, and return whether its numbers are finite."""
         with open(self.path, "rb", buffering=0) as file:
+            written = os.fstat(file.fileno()).st_mtime_ns
             file.seek(self.offset + int(row) * self.size)
             buffer, done = memoryview(out.reshape(-1).view(np.uint8)), 0
             while count := file.readinto(buffer[done:]):  # a network disk may give a part at a time
                 done += count
         if done != self.size:
             raise ValueError(f"{self.path} is cut short: row {row} gives {done} of {self.size} bytes")
+        if written != self.written:
+            raise ValueError(f"{self.path} was written anew since this run has begun: start it again, and it goes on "
+                             "if the data are the same")
+        # of a float16 that is not finite all bits of the exponent are ones; np.isfinite takes ten times as long
+        return out.dtype != np.float16 or not ((out.view(np.uint16) & 0x7C00) == 0x7C00).any()
 
 
 class Rows:
@@ -142,6 +163,7 @@ class Dataset:
     def __init__(self, folders, latent_size):
         self.folders = [str(folders)] if isinstance(folders, (str, Path)) else [str(f) for f in folders]
         self.shards, self.starts, self.ends, infos = [], [0], [], []
+        self.not_finite = []  # where numbers were read that are not finite
         for given in self.folders:
             folder, side = min_side(given)
             infos.append(self._add(folder, side, latent_size))
@@ -151,7 +173,8 @@ class Dataset:
                 raise ValueError(f"{given} has no rows" + (f" with a short side of {side}" if side else ""))
         self.starts = np.array(self.starts)
         self.info = infos[0] if len(infos) == 1 else infos[0] | {
-            "words": sorted({w for info in infos for w in info["words"]}), "settings": [i["settings"] for i in infos]}
+            "words": sorted({w for info in infos for w in info["words"]}), "settings": [i["settings"] for i in infos],
+            "source_hash": " ".join(i.get("source_hash", "") for i in infos)}
         if len({info.get("caption_dtype", "float16") for info in infos}) > 1:
             raise ValueError(f"{', '.join(self.folders)} differ in caption_dtype: prepare them with the same")
 
@@ -211,7 +234,8 @@ class Dataset:
             for i in range(part, len(places), PARTS):
                 (_, files, _), row = places[i]
                 for name, out in arrays.items():
-                    files[name].read(row, out[i])
+                    if not files[name].read(row, out[i]):
+                        self.not_finite.append(f"{files[name].path} row {row}")
         list((pool.map if pool else map)(fill, range(PARTS)))
         return {name: torch.from_numpy(a) for name, a in arrays.items()}
 

@@ -3,13 +3,12 @@ What a run tells: console lines, log.jsonl, speed and hours left, and the loss b
 levels hides what is happening.
 """
 import contextlib
-import json
 import time
 from pathlib import Path
 
 import torch
 
-from common.files import read_jsonl, write_lines
+from common.files import append_lines, not_worth_a_run, read_jsonl, write_lines
 from common.flops import forward_flops, matmul_rate, peak_flops
 
 BINS = 5  # noise levels are reported in so many bins of equal probability
@@ -57,11 +56,8 @@ class Log:
 
     def __init__(self, folder, step, silent=False, wandb="", settings=None):
         self.path, self.silent, self.wandb = Path(folder) / "log.jsonl", silent, None
-        if silent:
-            return
-        if self.path.exists():  # lines of steps that are done again
-            write_lines(self.path, [entry for entry in read_jsonl(self.path) if step and entry.get("step", 0) <= step])
-        if wandb:
+        self.first_step, self.waiting = step, []  # lines that could not be written yet
+        if wandb and not silent:
             import wandb as client
             name = Path(folder).name
             self.wandb = client.init(project=wandb, name=name, id=name, resume="allow", dir=str(folder),
@@ -71,8 +67,14 @@ class Log:
         if self.silent:
             return
         print(text, flush=True)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        self.waiting.append(values)
+        with not_worth_a_run(self.path):
+            if self.first_step is not None and self.path.exists():  # without the lines of steps that are done again
+                write_lines(self.path, [entry for entry in read_jsonl(self.path) if self.first_step
+                                        and type(entry.get("step")) is int and entry["step"] <= self.first_step])
+            self.first_step = None
+            append_lines(self.path, self.waiting)
+            self.waiting = []
         if self.wandb:
             self.wandb.log(values, step=values["step"])
 

@@ -135,11 +135,15 @@ class Optimizer:
             found |= {f"{key}.{n}": value for i, n in enumerate(names) for key, value in state.get(i, {}).items()}
         return found
 
-    def load(self, tensors):
-        """Take over what tensors() of an optimizer of the same kind returned."""
-        by_parameter = {}
+    def load(self, tensors, where="the checkpoint"):
+        """Take over what tensors() of an optimizer of the same kind returned; ValueError if the shapes do not fit."""
+        by_parameter, shapes = {}, {n: p.shape for part, names in self.parts for n, p in zip(
+            names, part.param_groups[0]["params"])}
         for name, value in tensors.items():
             key, _, parameter = name.partition(".")
+            if value.shape not in (shapes.get(parameter), torch.Size()):
+                raise ValueError(f"{where}: tensor optimizer.{name} has shape {tuple(value.shape)}, and its parameter "
+                                 + str(tuple(shapes[parameter]) if parameter in shapes else "does not exist"))
             by_parameter.setdefault(parameter, {})[key] = value.clone()  # not a view of a file that will be deleted
         for optimizer, names in self.parts:
             state = {i: by_parameter[n] for i, n in enumerate(names) if n in by_parameter}

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common.files import read_jsonl
+from common.files import not_worth_a_run, read_jsonl
 from common.images import BACKGROUND, GAP, decode_images, picture_grid, save_picture
 from common.plot import line_plot
 from model import edm_loss
@@ -30,10 +30,10 @@ MOST_SKIPPED = 10  # steps in a row without a finite gradient, after which a run
 class Report:
     """Says how a run does while it trains. The loop adds to `losses`; `meter` is paused during reports."""
 
-    def __init__(self, state, settings, validation, autocast, processes):
+    def __init__(self, state, settings, train_set, validation, autocast, processes):
         """settings are train.py's, validation is (data set, its rows), autocast(device) is the loop's."""
         s = self.settings = settings
-        self.folder, self.processes = Path(s["out"]), processes
+        self.folder, self.processes, self.train_set = Path(s["out"]), processes, train_set
         (self.val_set, self.val_rows), self.autocast = validation, lambda: autocast(processes.device)
         info, main = self.val_set.info, processes.rank == 0
         with self.autocast():
@@ -63,8 +63,11 @@ class Report:
                  loss_by_sigma=by_sigma)
         if (in_a_row := int(state.optimizer.skipped_in_a_row)) >= MOST_SKIPPED:
             saved = (steps_of(self.folder) or ["none yet"])[-1]
+            data = self.train_set.not_finite
+            advice = (f"The data are not finite, {', '.join(data[:3])}: prepare them again" if data else
+                      "Try a lower learning_rate or grad_clip")
             raise ValueError(f"the last {in_a_row} steps had gradients that are not finite and were skipped. The last "
-                             f"good checkpoint is {saved}. Try a lower learning_rate or grad_clip")
+                             f"good checkpoint is {saved}. {advice}")
 
     def warn_of_busy_cores(self, step):
         """Say once what helps beside another program: the threads of a step wait for whichever of them it holds up."""
@@ -85,15 +88,18 @@ class Report:
                      + "  ".join(f"{sigma}: {value:.3f}" for sigma, value in by_sigma.items()),
                      step=state.step, val_loss=loss, val_loss_by_sigma=by_sigma)
             if self.processes.rank == 0:
-                draw_progress(self.folder)
+                with not_worth_a_run(self.folder / "progress.png"):
+                    draw_progress(self.folder)
 
     def draw(self, state):
         """Write sample pictures of the averaged weights, and draw progress.png again."""
         how = {"steps": self.settings["sample_steps"], "guidance_scale": self.settings["sample_guidance"]}
         with self.meter.paused():
             images, texts = draw_samples(state.averaged_net, self.val_set, self.val_rows, state.vae, self.autocast, how)
-            save_samples(self.folder, state.step, images, texts)
-            draw_progress(self.folder)
+            with not_worth_a_run(self.folder / "samples"):
+                save_samples(self.folder, state.step, images, texts)
+                draw_progress(self.folder)
+
 
 @torch.no_grad()
 def validate(net, val_set, ids, size, autocast, processes):
@@ -152,13 +158,16 @@ def save_samples(folder, step, images, texts):
     save_picture(folder / "strip.png", wider, steps=json.dumps([*steps, step]))
 
 
+def is_number(value):
+    return type(value) in (int, float) and 0 < value < 1e30
+
+
 def draw_progress(folder):
     """Write progress.png: the losses so far, and below them the newest sample pictures with their captions."""
     folder = Path(folder)
     entries = read_jsonl(folder / "log.jsonl")
-    lines = {"training (at its own noise levels)": [(e["step"], e["loss"]) for e in entries if "loss" in e],
-             "validation": [(e["step"], e["val_loss"]) for e in entries if "val_loss" in e]}
-    lines = {name: [p for p in points if 0 < p[1] < math.inf] for name, points in lines.items()}
+    lines = {name: [(e["step"], e[key]) for e in entries if is_number(e.get("step")) and is_number(e.get(key))]
+             for name, key in (("training (at its own noise levels)", "loss"), ("validation", "val_loss"))}
     lines = {name: points for name, points in lines.items() if points}
     if not lines:
         return
