@@ -1,7 +1,7 @@
 """
 Pictures -> a small autoencoder of your own, for prepare_latents.py, where no published one is at hand.
 
-    python train_vae.py                                                  # of the drawn set, two minutes on two cores
+    python train_vae.py                                             # of the drawn set, 2 to 4 minutes on two cores
     python train_vae.py --source photos --out runs/photos_vae
     python prepare_latents.py --vae runs/vae/vae.safetensors --resolutions 64 --out data/shapes64
 

@@ -34,7 +34,7 @@ RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": 
 HELD_OUT = (("red", "triangle"), ("orange", "bar"), ("yellow", "circle"), ("green", "cross"), ("blue", "ring"),
             ("purple", "square"))
 PAIRS = tuple((color, shape) for color in COLORS for shape in SHAPES if (color, shape) not in HELD_OUT)
-TWO_OBJECTS = 0.4  # share of the scenes
+TWO_OBJECTS = 0.3  # share of the scenes
 MARGIN, GAP = 0.03, 0.1  # objects keep this far from the border, and from each other
 SUPERSAMPLE = 8     # antialiasing: points per pixel and axis
 

@@ -13,7 +13,7 @@ from model import MicroDiTConfig
 from training.checkpoint import save
 
 CONFIGS = sorted(p.stem for p in (ROOT / "config").glob("[!_]*.py"))
-LAPTOP = ("small", "tiny")
+LAPTOP = {"small": 64, "tiny": 64, "medium": 128}  # side of their pictures
 
 
 def read(name):
@@ -26,8 +26,8 @@ def read(name):
 def test_config(tmp_path, config):
     autoencoder = config_for(8, script_settings("train_vae.py")["latent_channels"], 48)
     save(tmp_path / "vae.safetensors", TinyAutoencoder(autoencoder).state_dict(), {"config": autoencoder})
-    launch("prepare_latents.py", f"--vae={tmp_path / 'vae.safetensors'}", "--resolutions=64", "--limit=24",
-           f"--out={tmp_path / 'data'}")
+    launch("prepare_latents.py", f"--vae={tmp_path / 'vae.safetensors'}", "--limit=24",
+           f"--resolutions={LAPTOP[config]}", f"--out={tmp_path / 'data'}")
     printed = launch("train.py", f"config/{config}.py", f"--data={tmp_path / 'data'}", f"--out={tmp_path / 'run'}",
                      "--batch_size=4", "--micro_batch_size=4", "--max_steps=1", "--unmasked_steps=0",
                      "--sample_every=0", "--eval_every=0")
