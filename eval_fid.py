@@ -38,7 +38,8 @@ resolution = 0                # side at which pictures are compared: shorter sid
                               # the judged pictures (>= 0)
 resize = "clean"              # from there to Inception's 299: clean (clean-fid), tensorflow (the first FID code) or
                               # pytorch (pytorch-fid) (clean | tensorflow | pytorch)
-inception = ""                # file of FID's Inception weights; empty: the published one, downloaded once (96 MB)
+inception = ""                # file of FID's Inception weights; empty: the published one, downloaded once (96 MB);
+                              # random: fixed random ones, whose distances only compare runs with each other
 clip = "openai/clip-vit-base-patch16"      # of the CLIP score; a hub id or folder
 clip_fid = "openai/clip-vit-base-patch32"  # of CLIP-FID (clean-fid's)
 # drawing, as in sample.py

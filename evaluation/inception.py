@@ -19,6 +19,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
+from common.hashing import tensors_hash
+
 SIDE, WIDTH = 299, 2048  # pixels of an input's side, features of a picture
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -173,7 +175,18 @@ RESIZES = {"clean": clean, "tensorflow": tensorflow, "pytorch": pytorch}
 
 
 def load(path="", device="cpu", resize="clean"):
-    """Return the network with a file's weights, the published file's for "". Its .prepare(picture) resizes for it."""
+    """Return the network with a file's weights, the published file's for "", or the random ones of seed 0 for "random".
+
+    Its .prepare(picture) resizes for it. Distances of random features only order runs of one set among each other.
+    """
+    if path == "random":
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(0)
+            net = Inception()
+            for p in net.parameters():
+                if p.ndim == 4:
+                    nn.init.kaiming_normal_(p, nonlinearity="relu")  # torch's own would fade out over so many layers
+        return ready(net, "random", {"network_sha256": tensors_hash(net), "published": False}, device, resize)
     file = Path(path) if path else published_file()
     if not file.is_file():
         raise ValueError(f"no file {file} with FID's Inception: it is {URL}")
@@ -191,8 +204,11 @@ def load(path="", device="cpu", resize="clean"):
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError) as error:
         reason = "it is TorchScript" if "TorchScript" in str(error) else " ".join(str(error).split())[:300]
         raise ValueError(f"{file} does not hold FID's Inception ({reason}): the file is {URL}") from None
-    net.prepare, net.width, net.name = RESIZES[resize], WIDTH, str(file)
-    net.about = {"network_sha256": digest, "published": digest == SHA256, "resize": resize}
+    return ready(net, str(file), {"network_sha256": digest, "published": digest == SHA256}, device, resize)
+
+
+def ready(net, name, about, device, resize):
+    net.prepare, net.width, net.name, net.about = RESIZES[resize], WIDTH, name, about | {"resize": resize}
     return net.to(device).eval().requires_grad_(False)
 
 

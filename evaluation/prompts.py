@@ -41,7 +41,10 @@ def read(source, count=0):
                          f"({', '.join(captions.TABLES)})")
     try:
         if kind == ".txt":
-            lines = captions.decoded(path.read_bytes()).split("\n")
+            text = captions.decoded(path.read_bytes())
+            if captions.UNREADABLE in text:
+                raise ValueError("it is neither UTF-8 nor marked as UTF-16")
+            lines = text.split("\n")
             prompts = [Prompt(line.strip()) for line in lines if line.strip()]
         else:
             first = {}

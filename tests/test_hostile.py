@@ -36,7 +36,7 @@ from training.dataset import Dataset
 from training.report import draw_progress
 from training.state import find_resume
 
-EXAMPLES = int(os.environ.get("FUZZ", 40))
+EXAMPLES = int(os.environ.get("FUZZ", 25))
 
 
 def png(width=20, height=20, color="red"):
@@ -227,7 +227,7 @@ def little_memory():
     resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-fuzz = settings(max_examples=EXAMPLES, deadline=20_000, derandomize=EXAMPLES == 40, database=None,
+fuzz = settings(max_examples=EXAMPLES, deadline=20_000, derandomize=EXAMPLES == 25, database=None,
                 suppress_health_check=list(HealthCheck), phases=(Phase.explicit, Phase.generate))
 
 

@@ -147,3 +147,10 @@ def test_the_download_is_whole_or_nothing_and_is_used_again(tmp_path, weights, m
     (folder / "w.pth").write_bytes(b"cut")
     with pytest.raises(ValueError, match="is not the published file.*Delete it"):
         inception.load()
+
+
+def test_random_weights_are_the_same_everywhere():
+    nets = [inception.load("random") for _ in range(2)]
+    assert nets[0].about == nets[1].about and not nets[0].about["published"] and nets[0].about["resize"] == "clean"
+    features = nets[0].image([nets[0].prepare(Image.new("RGB", (64, 64), color)) for color in ("red", "blue")])
+    assert 0.01 < features.std() < 100 and (features[0] - features[1]).abs().mean() > 0.01

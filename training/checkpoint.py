@@ -13,6 +13,7 @@ import json
 import os
 import struct
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -68,10 +69,12 @@ def save(path, tensors, run):
 
     def write(file):
         file.write(struct.pack("<Q", len(text)) + text)
-        for t in tensors.values():
-            content = t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-            file.write(content)
-            sha.update(content)
+        with ThreadPoolExecutor(1) as pool:
+            for t in tensors.values():
+                content = t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+                hashed = pool.submit(sha.update, content)  # while it is written
+                file.write(content)
+                hashed.result()
         file.seek(8 + text.index(unknown.encode()))  # the first thing in the header
         file.write(sha.hexdigest().encode())
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -153,6 +156,12 @@ def content_hash(file, start):
     return sha.hexdigest()
 
 
+def not_finite(tensors):
+    """Return the name of the first tensor that holds NaN or infinity, or None."""
+    # a sum is three times as fast, and where it is finite, so is all that is in it
+    return next((name for name, t in tensors.items() if not t.sum().isfinite() and not t.isfinite().all()), None)
+
+
 def strip(tensors, prefix):
     return {name[len(prefix):]: t for name, t in tensors.items() if name.startswith(prefix)}
 
@@ -179,7 +188,7 @@ def load_network(path, use_ema=True, whole=False):
         reason = str(error).strip().splitlines()[-1].strip()
         raise ValueError(f"{path} is of another network than today's model.py builds ({reason}): see the model.py in "
                          "its folder") from None
-    if bad := next((name for name, t in weights.items() if not t.isfinite().all()), None):
+    if bad := not_finite(weights):
         raise ValueError(f"{path}: tensor {bad} is not finite, so it can draw nothing: take an earlier checkpoint")
     return net, run
 

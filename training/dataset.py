@@ -251,7 +251,7 @@ class Dataset:
             wanted.setdefault(f"{path}.rows.jsonl", {}).setdefault(row, []).append(position)
         texts = [""] * len(ids)
         for path, lines in wanted.items():
-            with open(path, encoding="utf-8") as file:
+            with open_rows(path) as file:
                 for n, line in enumerate(file):
                     for position in lines.get(n, ()):
                         texts[position] = json.loads(line)["caption"]
@@ -272,8 +272,14 @@ def min_side(given):
     return (folder, int(side)) if at and side.isdigit() else (given, 0)
 
 
+def open_rows(path):
+    if not os.path.isfile(path):  # which a pipe is not
+        raise ValueError(f"{path} is missing: prepare the folder again with --overwrite")
+    return open(path, encoding="utf-8")
+
+
 def rows_at_least(path, side):
     """Return the numbers of the rows whose picture's shorter side had so many pixels."""
-    with open(path, encoding="utf-8") as file:
+    with open_rows(path) as file:
         sizes = [(row["width"], row["height"]) for row in map(json.loads, file)]
     return np.flatnonzero(np.array(sizes, np.int64).reshape(-1, 2).min(1) >= side)

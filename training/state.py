@@ -58,7 +58,7 @@ class State:
         tensors |= {f"optimizer.{n}": t for n, t in self.optimizer.tensors().items()}
         if getattr(self.vae, "carried", False):
             tensors |= {f"vae.{n}": t for n, t in self.vae.state_dict().items()}
-        if bad := next((name for name, t in tensors.items() if not t.isfinite().all()), None):
+        if bad := checkpoint.not_finite(tensors):
             saved = (checkpoint.steps_of(folder) or ["none yet"])[-1]
             raise ValueError(f"{bad} is not finite at step {self.step:,}, so no checkpoint was written. The last "
                              f"one is {saved}. Try a lower learning_rate or grad_clip")
