@@ -78,7 +78,6 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from common.files import lock
 from common.machine import keep_freed_memory, pick_device
 from encoders import load_described_vae
 from model import MicroDiT, MicroDiTConfig, edm_loss, expert_tokens, kept_patches
@@ -299,7 +298,7 @@ def main():
     run = {"config": asdict(config), "settings": settings, "data": about_data | {"rows": len(rows)},
            "model_sha256": checkpoint.code_hash()}
     processes = join(tune_for(pick_device(device)))
-    resume, replaces = processes.from_first(lambda: lock(out, create=False) or find_resume(out, run, overwrite))
+    resume, replaces = processes.from_first(lambda: find_resume(out, run, overwrite))
     processes.check_same((str(resume), resume and resume.exists() and resume.stat().st_size, len(rows)),
                          "checkpoints or data")
 

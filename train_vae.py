@@ -40,7 +40,7 @@ import torch
 from common.files import lock, write_atomic
 from common.images import picture_grid, to_images
 from common.machine import keep_freed_memory, pick_device
-from common.schema import COUNT, TABLE, TEXT
+from common.schema import COUNT, TABLE, TEXT, check_tensors
 from encoders.tiny import TinyAutoencoder, config_for
 from pictures.decode import read_squares
 from pictures.sources import drawn_parts, find_parts, fingerprint
@@ -166,6 +166,7 @@ def main():
                           is_matrix=lambda name, parameter: parameter.ndim == 4)
     if going_on:
         old, tensors = checkpoint.read(state_file, ("",), schema=ABOUT)
+        check_tensors(model, checkpoint.strip(tensors, "model."), state_file)
         model.load_state_dict(checkpoint.strip(tensors, "model."))
         optimizer.load(checkpoint.strip(tensors, "optimizer."), state_file)
         step = old["step"]

@@ -29,7 +29,8 @@ FILE_FIELDS = ("file_name", "img_path", "image_path", "image", "img", "filename"
 ID_FIELDS = ("image_name", "image_id", "name")  # where there is no file's name, or if they are that without its ending
 CAPTION_FIELDS = ("caption", "prompt", "caption_str", "text", "p")
 TABLES = (".json", ".jsonl", ".tsv", ".csv")
-MOST_BYTES = 2 ** 30  # of a table of captions
+MOST_BYTES_OF_TABLE = 2 ** 30  # of captions
+MOST_HEADER = 2 ** 20  # bytes of names and comments of a file in a tar
 MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
          codecs.BOM_UTF16_BE: "utf-16"}
 UNREADABLE = "\ufffd"  # stands for what could not be decoded
@@ -74,10 +75,23 @@ def read_captions(path):
     return lambda name: look_up(by_name.get, name)
 
 
+# members that describe the next one, and which tarfile reads whole
+EXTENSIONS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME,
+              tarfile.GNUTYPE_LONGLINK)
+
+
+class Bounded(tarfile.TarInfo):
+    """Raises ReadError for a header, which tarfile reads whole, that would fill the memory."""
+    def _proc_member(self, tar):  # which tarfile offers to subclasses
+        if self.type in EXTENSIONS and self.size > MOST_HEADER:
+            raise tarfile.ReadError(f"a header of {self.size:,} bytes")
+        return super()._proc_member(tar)
+
+
 def members(path):
     """Yield (name, bytes) of the files of an archive, or of a file that is none."""
     if path.name.lower().endswith((".tar", ".tgz", ".tar.gz")):
-        with tarfile.open(path) as tar:
+        with tarfile.open(path, tarinfo=Bounded) as tar:
             for member in tar:
                 if member.isfile():
                     check_size(member.name, member.size)
@@ -98,7 +112,7 @@ def table_of(archive, name):
 
 
 def check_size(name, size):
-    if size > MOST_BYTES:
+    if size > MOST_BYTES_OF_TABLE:
         raise ValueError(f"{name} has {size:,} bytes, more than is harmless")
 
 

@@ -18,7 +18,7 @@ from itertools import groupby
 from pathlib import Path
 
 from pictures import shapes
-from pictures.captions import TABLES, captions_by_name, decoded, look_up, records, table_of
+from pictures.captions import TABLES, Bounded, captions_by_name, decoded, look_up, records, table_of
 from pictures.decode import Lost
 
 READ = (".txt", ".json")  # of what lies beside pictures
@@ -27,7 +27,6 @@ ARCHIVES = (".tar", ".tgz", ".tar.gz", ".zip")
 MOST_ZEROS = 2 ** 21  # at the end of a tar; it is filled up to a multiple of 10 kB, or of what tar -b says
 COUNTED = 2 ** 30  # bytes of archives that are counted before the rest is estimated
 MOST_BYTES = 2 ** 28  # of a file in an archive: no harmless picture or caption is larger
-MOST_HEADER = 2 ** 20  # bytes of names and comments of a file in a tar
 
 
 @dataclass
@@ -169,18 +168,8 @@ def manifest_sample(name, path, caption):
 # Archives
 
 
-# members that describe the next one, and which tarfile reads whole
-EXTENSIONS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME,
-              tarfile.GNUTYPE_LONGLINK)
-
-
-class Header(tarfile.TarInfo):
+class Header(Bounded):
     """Raises ReadError for a damaged header and for zeros in the middle, which tarfile takes for the archive's end."""
-    def _proc_member(self, tar):  # which tarfile offers to subclasses
-        if self.type in EXTENSIONS and self.size > MOST_HEADER:
-            raise tarfile.ReadError(f"a header of {self.size:,} bytes")
-        return super()._proc_member(tar)
-
     @classmethod
     def fromtarfile(cls, tar):
         try:
@@ -203,7 +192,7 @@ def tar_samples(path, label, wanted):
     position, files = 0, {}
     try:
         with tarfile.open(path, tarinfo=Header, ignore_zeros=True) as tar:
-            members = (m for m in tar if m.isfile() and m.name.lower().endswith(READ) or is_picture(m.name))
+            members = (m for m in tar if not m.isdir() and m.name.lower().endswith(PICTURES + READ))
             for _, group in groupby(members, lambda m: sample_key(m.name)):
                 read, files = wanted(position), {}
                 for member in group:  # in order and only once: a compressed tar cannot go back

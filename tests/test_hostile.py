@@ -112,6 +112,8 @@ def test_a_tar_whose_header_would_fill_the_memory(tmp_path):
     (tmp_path / "a.tar").write_bytes(header.tobuf(tarfile.GNU_FORMAT) + bytes(10_240))
     found = names_of(sources.find_parts(str(tmp_path / "a.tar"), 10))
     assert "a header of 8,589,934,592 bytes" in found["a.tar"]
+    with pytest.raises(ValueError, match="a header of"):
+        captions.read_captions(tmp_path / "a.tar")
 
 
 def test_a_sparse_file_in_a_tar_is_as_large_as_it_says(tmp_path):
@@ -129,7 +131,7 @@ def test_want_of_memory_for_one_file_does_not_end_an_archive():
 
 
 def test_a_table_of_captions_that_is_too_large_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(captions, "MOST_BYTES", 1000)
+    monkeypatch.setattr(captions, "MOST_BYTES_OF_TABLE", 1000)
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.json", json.dumps({f"{i}.png": "a" for i in range(500)}))
     with pytest.raises(ValueError, match="more than is harmless"):
@@ -219,7 +221,7 @@ def changed(value, draw):
 
 @pytest.fixture(autouse=True)
 def little_memory():
-    """An error, not the end of the machine, where a test wants more memory than 4 GB"""
+    """An error, not the end of the machine, where a test wants 2 GB more than it has"""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 2 ** 31, hard))

@@ -125,8 +125,8 @@ def test_overwrite_goes_on_with_this_very_preparation(tmp_path):
     first = (tmp_path / "00000.latents16.npy").stat().st_mtime_ns
     (tmp_path / "dataset.json").write_text(json.dumps(info | {"complete": False, "shards": [], "rows": 0}))
     for part in range(2):
-        record = {"part": 0, "shard": part, "last": False, "rows": 10, "samples": 10, "skipped": {}, "words": [],
-                  "captions_cut": 0} | {"part": part, "shard": 0, "last": True}
+        record = {"part": part, "shard": 0, "last": True, "rows": 10, "samples": 10, "skipped": {}, "words": [],
+                  "captions_cut": 0}
         (tmp_path / f"0000{part}.done.json").write_text(json.dumps(record))
         (tmp_path / f"0000{part}.skipped.jsonl").write_text("")
     (tmp_path / "mine.txt").write_text("mine")
@@ -281,3 +281,11 @@ def test_a_vocabulary_that_no_header_holds_is_left_out(data, tmp_path):
     (data / "dataset.json").write_text(json.dumps(info | {"words": [f"w{i}" for i in range(100_001)]}))
     launch("train.py", f"--data={data}", f"--out={tmp_path / 'run'}", *SMALL, "--max_steps=1")
     assert checkpoint.read(checkpoint.steps_of(tmp_path / "run")[0])[0]["data"]["words"] == []
+
+
+def test_a_model_py_that_is_not_a_runs_is_never_overwritten(fit, tmp_path):
+    (tmp_path / "model.py").write_text("mine")
+    for extra in ((), ("--overwrite",)):
+        assert "no run's folder" in fit(tmp_path, *extra, fails=True)
+    assert "no run's folder" in fit(".", "--overwrite", fails=True)  # the code's own folder
+    assert (tmp_path / "model.py").read_text() == "mine" and (ROOT / "model.py").stat().st_size > 20_000

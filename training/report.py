@@ -31,7 +31,8 @@ class Report:
     """Says how a run does while it trains. The loop adds to `losses`; `meter` is paused during reports."""
 
     def __init__(self, state, settings, train_set, validation, autocast, processes):
-        """settings are train.py's, validation is (data set, its rows), autocast(device) is the loop's."""
+        """settings are train.py's, validation is (data set, its rows), autocast(device) is the loop's; train_set is
+        asked for what was not finite."""
         s = self.settings = settings
         self.folder, self.processes, self.train_set = Path(s["out"]), processes, train_set
         (self.val_set, self.val_rows), self.autocast = validation, lambda: autocast(processes.device)

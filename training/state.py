@@ -126,12 +126,16 @@ def differences(old, new):
 
 
 def find_resume(folder, run, overwrite=False):
-    """Return (last whole checkpoint of this very run or None, whether a run there has to go).
+    """Lock a run's folder and return (last whole checkpoint of this very run or None, whether a run there has to go).
 
     ValueError says what differs in another run's, unless `overwrite`, which replaces every run but this very one where
     it is not finished: so a job that is started again with its command goes on. A damaged checkpoint is set aside, and
     the one before it used.
     """
+    if (Path(folder) / "model.py").exists() and not (Path(folder) / "run.json").exists():
+        raise ValueError(f"{folder} has a model.py and no run.json, so it is no run's folder: give another --out, as "
+                         "that model.py would be overwritten")
+    lock(folder, create=False)
     try:
         path = last_whole(folder, run)
     except ValueError:
