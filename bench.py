@@ -6,8 +6,9 @@ What training costs: arithmetic, the speed of a step, and the whole recipe in ho
     python bench.py --loader data/shapes    # how fast random rows are read, from the page cache and from the disk
 
 With configs and a GPU: a step of each (a GPU's share of the batch, optimizer and all), compiled and eager, with MFU
-against the datasheet's dense bf16 peak and memory; and the recipe from these. With configs and no GPU: the arithmetic,
-and this machine's own speed. FLOPs are three times those of the forward pass, counted on the meta device.
+against the datasheet's dense bf16 peak and memory; and the recipe from these. With configs and no GPU: what the step's
+products, bytes and launches would take an H100, counted from model.py as it is (common/roofline.py has the assumptions;
+a minute or two for the paper's network). FLOPs are three times those of the forward pass.
 """
 import sys
 
@@ -19,9 +20,8 @@ mask_ratio = 0.75           # of that run (>= 0, < 1)
 rounds = 5                  # everything is timed so often; the median counts (>= 1)
 gpus = 8                    # for the recipe; every one has its share of the global batch (>= 1)
 price = 3.75                # dollars for an hour of one GPU (>= 0)
-assumed_mfu = 0.5           # for the recipe where there is no measurement (> 0, <= 1)
 loader = ""                 # prepared folder whose rows are to be read
-profile = False             # also list the operators that take longest
+profile = False             # also list the operators that take longest, or without a GPU the float32 that moves most
 device = "auto"             # cuda, mps or cpu; auto: the best there is
 
 if __name__ == "__main__":
@@ -39,14 +39,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import flops
+from common import flops, roofline
 from common.machine import keep_freed_memory, pick_device
 from model import MicroDiT, MicroDiTConfig, edm_loss
 from training.dataset import Dataset, min_side, read_info
 from training.optimizer import Average, Optimizer
 
 TINY_2 = MicroDiTConfig(dim=512, depth=16, head_dim=32, mixer_depth=4, mixer_dim=512)
-ASSUMED_PEAK = flops.PEAKS["H100"]
 
 
 def main(device):
@@ -54,11 +53,11 @@ def main(device):
         keep_freed_memory()  # as train.py does
     if loader:
         return measure_loader(loader)
-    runs, peak, hours = [read_run(path) for path in configs], flops.peak_flops(device) or ASSUMED_PEAK, 0.0
+    runs, peak, hours = [read_run(path) for path in configs], flops.peak_flops(device) or roofline.PEAK, 0.0
     if configs and device.type == "cuda":
         print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}: peak {peak / 1e12:,.1f} TFLOP/s, "
               f"{flops.matmul_rate(device, torch.bfloat16) / 1e12:,.1f} on bf16 matrix products")
-    else:
+    elif not configs:
         measure_here(device)
     for run in runs:
         hours += print_run(*run, measure_run(*run, device, peak) if device.type == "cuda" else None)
@@ -76,28 +75,43 @@ def read_run(path):
 
 
 def print_run(name, settings, network, rate=None):
-    """Print what a run costs, and return its hours. rate: images per second of a GPU, where it was measured.
-
-    Bytes are by estimate: activations in bf16, weights, gradients and AdamW's moments in float32.
-    """
-    (total, active), mask, micro = flops.parameters(network), settings["mask_ratio"], settings["micro_batch_size"]
+    """Print what a run costs, and return its hours. rate: images per second of a GPU, where it was measured."""
+    total, active = flops.parameters(network)
     images, whole = settings["max_steps"] * settings["batch_size"], flops.run_flops(settings, network)
     print(f"{name}: {total / 1e6:,.1f} M parameters ({active / 1e6:,.1f} M active); "
           f"{settings['max_steps']:,} steps of {settings['batch_size']:,}")
-    if whole:
-        state = total * 4 * (4 + (settings["ema_decay"] > 0))  # weights, gradients, two moments, average
-        picture = flops.activation_bytes(network, mask)
-        print(f"  {whole:.2e} FLOP, forward {flops.forward_flops(network, mask) / 1e9:,.1f} GFLOP a picture\n"
-              f"  memory {state / 1e9:.1f} GB + {picture / 1e6:,.0f} MB a picture "
-              f"({(state + picture * micro) / 1e9:.0f} GB with its micro-batches of {micro})")
-    elif not rate:
+    if not whole and not rate:
         raise ValueError(f"{name}: neither its FLOPs nor its speed are known, so neither is its price")
-    how = "measured" if rate else f"if at {100 * assumed_mfu:.0f} % of an H100's peak"
-    rate = rate or images * assumed_mfu * ASSUMED_PEAK / whole
-    hours = images / (gpus * rate) / 3600
-    print(f"  {rate:,.0f} images/s per GPU ({how}): {hours:.1f} hours, ${hours * gpus * price:,.0f} on {gpus} GPUs at "
-          f"${price} an hour each")
+    if whole:
+        print(f"  {whole:.2e} FLOP, forward {flops.forward_flops(network, settings['mask_ratio']) / 1e9:,.1f} GFLOP a "
+              "picture")
+    how = "measured" if rate else "counted, not measured"
+    hours = (images / (gpus * rate) if rate else count_run(settings, network, total)) / 3600
+    print(f"  {images / hours / 3600 / gpus:,.0f} images/s per GPU ({how}): {hours:.1f} hours, "
+          f"${hours * gpus * price:,.0f} on {gpus} GPUs at ${price} an hour each")
     return hours
+
+
+def count_run(settings, network, total):
+    """Print what the steps of a run would take on H100s, by counting, and return the seconds of all."""
+    masked = settings["max_steps"] - settings["unmasked_steps"] if settings["mask_ratio"] else 0
+    seconds = 0.0
+    for mask, steps in ((settings["mask_ratio"], masked), (0.0, settings["max_steps"] - masked)):
+        if not steps:
+            continue
+        e = roofline.estimate(settings | {"mask_ratio": mask}, network, total, gpus)
+        m, share = e.step, max(1, settings["batch_size"] // gpus)
+        print(f"  {'masked' if mask else 'unmasked'}: {1e3 * e.seconds:,.0f} ms a step of {share} pictures on a GPU, "
+              f"MFU {efficiency(network, mask, share / e.seconds, roofline.PEAK)}: {e.micros} micro-batches of "
+              f"{1e3 * m.products:.0f} ms products, {1e3 * m.elementwise:.0f} ms elementwise ({m.moved / 1e9:.0f} GB), "
+              f"{1e3 * m.attention:.0f} ms attention, {m.launches:,} launches; update {1e3 * e.update:.0f} ms\n"
+              f"  memory {e.memory / 1e9:.1f} GB: {e.state / 1e9:.1f} GB of weights, gradients and moments, "
+              f"{m.copies / 1e9:.1f} GB of weights in bf16, {m.saved / 1e9:.3f} GB a picture, and what is in the works")
+        if profile:
+            for shape, moved in m.wide.most_common(12):
+                print(f"    {moved / 1e9:6.2f} GB of float32 {shape}")
+        seconds += steps * e.seconds
+    return seconds
 
 
 def timed(function, device, before=lambda: None):

@@ -255,7 +255,7 @@ def noise_level_features(c_noise, size=512):
     """Return sinusoidal features of ln(sigma)/4: (B,) -> (B, size)."""
     half = size // 2
     freq = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=c_noise.device) / half)
-    angle = c_noise.float()[:, None] * freq
+    angle = c_noise.float().unsqueeze(1) * freq
     return torch.cat([angle.cos(), angle.sin()], -1)
 
 
@@ -329,19 +329,20 @@ class MicroDiT(nn.Module):
         if x.shape[1:] != (c.latent_channels, c.latent_size, c.latent_size) or caption.shape[2:] != (c.caption_dim,):
             raise ValueError(f"latents {tuple(x.shape)} and captions {tuple(caption.shape)} do not fit the network: "
                              f"(B, {c.latent_channels}, {c.latent_size}, {c.latent_size}) and (B, L, {c.caption_dim})")
+        # the table is float32, and so are all sums of the blocks' outputs, under autocast too
         x = self.patch_embed(x).flatten(2).transpose(1, 2) + self.pos_embed                      # (B, T, D)
         caption = self.caption_block(self.caption_embed(caption))                                # (B, L, D)
         noise = self.noise_embed(noise_level_features(c_noise).to(self.noise_embed[0].weight.dtype))
         cond = gelu_tanh(noise + self.pooled_embed(caption.mean(1)))                             # (B, D), of all adaLNs
 
         if c.mixer_depth:
-            x, mixer_caption = self.mixer_in(x), self.mixer_caption(caption)                     # (B, T, d), (B, L, d)
+            x, mixer_caption = self.mixer_in(x).to(x.dtype), self.mixer_caption(caption)         # (B, T, d), (B, L, d)
             for block in self.mixer:
                 x = self._run(block, x, mixer_caption, cond)
         if ids_keep is not None:
             x = gather_tokens(x, ids_keep)                                                       # (B, K, d)
         if c.mixer_depth:
-            x = self.mixer_out(x)
+            x = self.mixer_out(x).to(x.dtype)
         for block in self.blocks:
             x = self._run(block, x, caption, cond)
         x = self.final(x, cond)                                                                  # (B, K, p*p*C)
@@ -471,25 +472,25 @@ def sample(net, noise, caption, steps=30, guidance_scale=5.0, sampler="heun", *,
 
     def denoised(x, sigma):
         if guidance_scale == 1:
-            return denoise(net, x, sigma.to(x).expand(len(x)), caption)
-        both = denoise(net, torch.cat([x, x]), sigma.to(x).expand(2 * len(x)), caption)
+            return denoise(net, x, x.new_full((len(x),), sigma), caption)
+        both = denoise(net, torch.cat([x, x]), x.new_full((2 * len(x),), sigma), caption)
         with_caption, without = both.chunk(2)
         return without + guidance_scale * (with_caption - without)
 
-    sigmas = noise_levels(steps, sigma_max, sigma_min, rho)
-    x = noise.to(torch.float32 if noise.device.type == "mps" else torch.float64) * sigmas[0].item()
+    sigmas = noise_levels(steps, sigma_max, sigma_min, rho).tolist()  # numbers, so that no step waits for a copy
+    x = noise.to(torch.float32 if noise.device.type == "mps" else torch.float64) * sigmas[0]
     return SAMPLERS[sampler](denoised, x, sigmas, on_step or (lambda denoised: None)).float()
 
 
 def heun(denoised, x, sigmas, on_step):
     """Follow EDM's algorithm 1 without churn: second order, but for Euler's last step to sigma 0."""
-    for sigma, next_sigma in zip(sigmas[:-1], sigmas[1:]):
-        h = (next_sigma - sigma).item()
+    for sigma, next_sigma in zip(sigmas, sigmas[1:]):
+        h = next_sigma - sigma
         d = denoised(x, sigma)
-        slope = (x - d) / sigma.item()
+        slope = (x - d) / sigma
         euler = x + h * slope
         if next_sigma > 0:
-            slope = (slope + (euler - denoised(euler, next_sigma)) / next_sigma.item()) / 2
+            slope = (slope + (euler - denoised(euler, next_sigma)) / next_sigma) / 2
         x = x + h * slope
         on_step(d)
     return x
@@ -498,12 +499,12 @@ def heun(denoised, x, sigmas, on_step):
 def dpmpp_2m(denoised, x, sigmas, on_step):
     """Follow DPM-Solver++(2M) (Lu et al. 2022) with lambda = -ln sigma: second order from one evaluation a step."""
     previous, previous_h = None, None
-    for sigma, next_sigma in zip(sigmas[:-1], sigmas[1:]):
+    for sigma, next_sigma in zip(sigmas, sigmas[1:]):
         d = now = denoised(x, sigma)
-        h = (sigma.log() - next_sigma.log()).item()  # inf in the last step, which then returns the denoised picture
+        h = math.log(sigma / next_sigma) if next_sigma else math.inf  # the last step returns the denoised picture
         if previous is not None and next_sigma > 0:
             d = now + (now - previous) * (h / (2 * previous_h))
-        x = (next_sigma / sigma).item() * x - math.expm1(-h) * d
+        x = next_sigma / sigma * x - math.expm1(-h) * d
         previous, previous_h = now, h
         on_step(now)
     return x

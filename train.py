@@ -18,6 +18,7 @@ data = ("data/shapes",)       # prepared folders (prepare_latents.py), used as o
 val_data = ()                 # prepared folders to validate on; empty: the last 1 % of each of `data`, never trained on
 out = ""                      # run folder; empty: runs/ and the config's name
 overwrite = False             # replace the run in `out`, unless it is this very run and not finished: that goes on
+go_back = 0                   # go on from this step's checkpoint with other settings; later ones are set aside (>= 0)
 init_from = ""                # start from the weights of this checkpoint or run folder
 init_optimizer = False        # and from the state of its optimizer
 # training
@@ -57,6 +58,7 @@ checkpoint_every = 1000       # steps between checkpoints, besides the last; 0: 
 keep_checkpoints = 2          # older ones are deleted (>= 1)
 price = 0.0                   # dollars for an hour of one GPU, to show what the run costs; 0: not shown (>= 0)
 wandb = ""                    # Weights & Biases project that gets the log too (pip install wandb); empty: none
+check = False                 # try data, disk, memory, links and a few steps; write nothing, say what was found
 # and the network: every field of model.MicroDiTConfig but the two that the data decide, as settings["dim"]
 
 if __name__ == "__main__":
@@ -66,6 +68,7 @@ if __name__ == "__main__":
 import contextlib
 import importlib.util
 import inspect
+import itertools
 import math
 import os
 import signal
@@ -83,6 +86,7 @@ from encoders import load_described_vae
 from model import MicroDiT, MicroDiTConfig, edm_loss, expert_tokens, kept_patches
 from training import checkpoint
 from training.batches import Batches
+from training.check import try_run
 from training.dataset import Dataset, Rows, check_same_encoders
 from training.log import duration
 from training.optimizer import Average, Optimizer
@@ -105,19 +109,7 @@ def train(state, net, batches, report, processes):
 
     while state.step < max_steps and not stop_signal:
         lr, masked = learning_rate_at(state.step), is_masked(state.step)
-        for m in micros:
-            latents, captions, sigma, noise, uniforms = next(stream)
-            ids_keep = kept_patches(uniforms, mask_ratio) if masked else None  # (B,K)
-            with accumulating(net, last=m == micros[-1]):
-                with autocast(processes.device):
-                    loss = edm_loss(net, latents, captions, sigma, noise, ids_keep, reduce=False)  # (B,)
-                (loss.mean() / len(micros)).backward()
-            report.losses.add(sigma, loss)
-        grad_norm = clip_grad_norm_(state.net.parameters(), grad_clip or math.inf)
-        # if the norm is not finite, the weights stay as they are; `bad` is on the device, and nobody waits for it here
-        bad = state.optimizer.step(lr, grad_norm, zero_in_place=processes.world > 1)  # and zero the gradients
-        state.step += 1
-        state.average.update(state.net, state.step, bad)
+        grad_norm = make_step(state, net, stream, len(micros), lr, masked, report.losses, processes)
 
         if state.step == first_step and processes.rank == 0:
             state.begin(out)
@@ -132,6 +124,35 @@ def train(state, net, batches, report, processes):
             with report.meter.paused():
                 state.save(out, keep_checkpoints)
     return stop_signal if state.step < max_steps else 0
+
+
+def check_run(state, net, batches, report, processes):
+    """Try what the run will do, and say how it went (--check)."""
+    micros = range(processes.rank, batch_size // micro_batch_size, processes.world)
+    stream = batches.stream(((step, m) for step in itertools.count(state.step) for m in micros), processes.device)
+    masked_steps = sum(map(is_masked, range(state.step, max_steps)))
+
+    def step(masked):
+        return make_step(state, net, stream, len(micros), learning_rate_at(0), masked, report.losses, processes)
+    try_run(step, masked_steps, state, settings, processes)
+
+
+def make_step(state, net, stream, micros, lr, masked, losses, processes):
+    """Make a step of this process's next `micros` micro-batches, and return the norm of its gradients, unclipped."""
+    for m in range(micros):
+        latents, captions, sigma, noise, uniforms = next(stream)
+        ids_keep = kept_patches(uniforms, mask_ratio) if masked else None  # (B,K)
+        with accumulating(net, last=m == micros - 1):
+            with autocast(processes.device):
+                loss = edm_loss(net, latents, captions, sigma, noise, ids_keep, reduce=False)  # (B,)
+            (loss.mean() / micros).backward()
+        losses.add(sigma, loss)
+    grad_norm = clip_grad_norm_(state.net.parameters(), grad_clip or math.inf)
+    # if the norm is not finite, the weights stay as they are; `bad` is on the device, and nobody waits for it here
+    bad = state.optimizer.step(lr, grad_norm, zero_in_place=processes.world > 1)  # and zero the gradients
+    state.step += 1
+    state.average.update(state.net, state.step, bad)
+    return grad_norm
 
 
 def learning_rate_at(step, steps=None):
@@ -240,6 +261,8 @@ def wrap_network(net, processes):
         # pass. Large buckets keep the graphs few: about ten for XL/2, against some hundred with DDP's 25 MB.
         known = inspect.signature(DistributedDataParallel).parameters
         sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # of older versions
+        for p in net.parameters():  # else the first step of a run that goes on makes them beside DDP's buckets
+            p.grad = torch.zeros_like(p)
         net = DistributedDataParallel(net, gradient_as_bucket_view=True, bucket_cap_mb=512, **{sync: False})
     return torch.compile(net) if compile else net
 
@@ -314,7 +337,10 @@ def main():
     batches = Batches(train_set, rows, micro_batch_size, batch_size // micro_batch_size, tokens=config.tokens,
                       seed=seed, p_mean=p_mean, p_std=p_std, caption_dropout=caption_dropout,
                       threads=loader_threads if processes.device.type == "cuda" else 0)
-    stop_signal = train(state, wrap_network(state.net, processes), batches, report, processes)
+    net = wrap_network(state.net, processes)
+    if check:
+        return check_run(state, net, batches, report, processes)
+    stop_signal = train(state, net, batches, report, processes)
     processes.leave()  # together, as torchrun may end the others while process 0 still writes
     if processes.rank == 0 and not stop_signal:
         path = checkpoint.steps_of(out)[-1]
@@ -340,6 +366,9 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         raise SystemExit(f"train.py: {error}") from None
+    except torch.OutOfMemoryError:
+        raise SystemExit(f"train.py: the GPU's memory is too small for micro_batch_size {micro_batch_size}. Half "
+                         "of it, with the same batch_size, makes the same run") from None
     except KeyboardInterrupt:
         raise SystemExit(f"train.py: stopped. The same command goes on from the last checkpoint in {out}, if there is "
                          "one") from None

@@ -71,21 +71,6 @@ def run_flops(settings, config):
     return 3 * settings["batch_size"] * (masked_steps * masked + settings["unmasked_steps"] * unmasked)
 
 
-def activation_bytes(config, mask_ratio):
-    """Return what the backward pass of one picture keeps, by estimate: every saved tensor once, in bf16."""
-    net, kept = on_meta(config), {}
-    weights = {id(p) for p in net.parameters()}
-
-    def keep(tensor):
-        storage = tensor if tensor._base is None else tensor._base
-        if not {id(tensor), id(storage)} & weights:
-            kept[id(storage)] = storage  # held, so that no other gets its id
-        return tensor
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        edm_loss(net, *random_batch(config, 1, mask_ratio, "meta"))
-    return 2 * sum(tensor.numel() for tensor in kept.values())
-
-
 def parameters(config):
     """Return (all parameters, those that a token meets: of the experts, as many as take it on average)."""
     sizes = {name: p.numel() for name, p in on_meta(config).named_parameters()}

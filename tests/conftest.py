@@ -30,8 +30,8 @@ def launch(name, *args, fails=False, processes=1, cwd=ROOT, env=(), traceback=Fa
     traceback: of torchrun's own after an expected failure, then everything that was printed is returned.
     """
     argv = [str(name), *map(str, args)]
-    if processes == 1 and cwd == ROOT and not env and hasattr(os, "fork"):
-        code, out, err = forked(argv)
+    if argv[0].endswith(".py") and hasattr(os, "fork"):
+        code, out, err = forked(argv, processes, cwd, env)
     else:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         p = subprocess.run([sys.executable, *(torchrun if processes > 1 else []), *argv], cwd=cwd, capture_output=True,
@@ -51,14 +51,15 @@ def zygote():
                             stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def forked(argv):
+def forked(argv, processes, cwd, env):
     """(exit code, standard output, standard error) of a script"""
     with tempfile.TemporaryDirectory() as folder:
-        files = {"out": f"{folder}/out", "err": f"{folder}/err"}
-        zygote().stdin.write(json.dumps({"argv": argv, "env": dict(os.environ)} | files) + "\n")
+        job = {"argv": argv, "processes": processes, "cwd": str(cwd), "env": os.environ | dict(env),
+               "out": f"{folder}/out", "err": f"{folder}/err"}
+        zygote().stdin.write(json.dumps(job) + "\n")
         zygote().stdin.flush()
         code = int(zygote().stdout.readline())
-        return code, *(Path(path).read_text(encoding="utf-8", errors="replace") for path in files.values())
+        return code, *(Path(job[name]).read_text(encoding="utf-8", errors="replace") for name in ("out", "err"))
 
 
 @pytest.fixture

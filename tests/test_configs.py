@@ -53,7 +53,10 @@ def test_phases_of_the_paper(config):
     assert s["schedule"] == ("cosine" if config == "xl2_256" else "constant") and s["min_learning_rate"] == 0.33
     assert (net.latent_size, net.pos_scale) == ((32, 1.0) if "256" in config else (64, 2.0))
     assert parameters(net) == (1_165_442_320, 712_457_488)
-    assert forward_flops(net, s["mask_ratio"]) / 1e9 == pytest.approx(expected[-1], abs=1)
+    forward = forward_flops(net, s["mask_ratio"])
+    assert forward / 1e9 == pytest.approx(expected[-1], abs=1)
+    whole = f"{3 * forward * s['batch_size'] * s['max_steps']:.2e} FLOPs".replace("+", "")
+    assert whole in (ROOT / f"config/{config}.py").read_text()
     for gpus in (1, 2, 4, 8, 16, 32):  # the same global batch
         assert s["batch_size"] % (s["micro_batch_size"] * gpus) == 0
     before = dict(zip(PHASES, ["", *(f"runs/{phase}" for phase in PHASES)]))

@@ -230,6 +230,9 @@ def test_weights_and_biases_gets_the_log_too(tmp_path, monkeypatch):
     asked = client.init.call_args.kwargs
     assert (asked["project"], asked["name"], asked["config"]) == ("mine", "run", {"max_steps": 2})
     client.init.return_value.log.assert_called_once_with({"step": 2, "val_loss": 0.5}, step=2)
+    log.picture(tmp_path / "step_2.png", 2)
+    client.Image.assert_called_once_with(str(tmp_path / "step_2.png"))
+    client.init.return_value.log.assert_called_with({"samples": client.Image.return_value}, step=2)
 
 
 def test_an_epoch_visits_every_row_once_whatever_the_micro_batch():

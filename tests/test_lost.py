@@ -289,3 +289,25 @@ def test_a_model_py_that_is_not_a_runs_is_never_overwritten(fit, tmp_path):
         assert "no run's folder" in fit(tmp_path, *extra, fails=True)
     assert "no run's folder" in fit(".", "--overwrite", fails=True)  # the code's own folder
     assert (tmp_path / "model.py").read_text() == "mine" and (ROOT / "model.py").stat().st_size > 20_000
+
+
+def test_going_back_sets_later_checkpoints_aside_once(fit, whole, tmp_path):
+    run, args = shutil.copytree(whole, tmp_path / "run"), ("--go_back=4", "--learning_rate=1e-3", "--seed=5")
+    message = fit(run, "--go_back=3", "--seed=5", fails=True)
+    assert "go_back: there is no" in message and "step_00000004.safetensors, step_00000008.safetensors" in message
+    assert steps_in(run) == [4, 8]
+    assert "going on from step 4" in fit(run, *args)
+    assert steps_in(run) == [4, 8] and (run / "step_00000008.aside").exists()
+    before, after = ({e["step"]: e["loss"] for e in log_of(folder) if "loss" in e} for folder in (whole, run))
+    assert list(after) == list(before) and after[4] == before[4] and after[5] != before[5]
+    assert "going on from step 8" in fit(run, *args, steps=12)  # with the same command, and not back again
+
+
+def test_check_tries_everything_and_writes_nothing(fit, small_disk, tmp_path):
+    out = tmp_path / "run"
+    printed = fit(out, "--check", "--unmasked_steps=4", "--price=2", "--micro_batch_size=8", processes=2)
+    for words in ("links: 2 processes", "\nmasked: ", "\nunmasked: ", "memory: ", "disk: checkpoints of 0.00 GB",
+                  "in all: ", "$0", "Nothing was written"):
+        assert printed.count(words) == 1, words
+    assert not out.exists()
+    assert "3 checkpoints of 0.00 GB do not fit on the disk of" in fit(small_disk(1) / "run", "--check", fails=True)

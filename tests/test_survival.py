@@ -16,7 +16,7 @@ from test_kills import processes
 from common import machine
 from training import checkpoint
 
-STEPS = ("--max_steps=60", "--checkpoint_every=20", "--seed=3", "--eval_every=0")
+STEPS = ("--max_steps=48", "--checkpoint_every=16", "--seed=3", "--eval_every=0")
 
 
 def start(data, out, *torchrun, **env):
@@ -51,7 +51,7 @@ def assert_stopped(out, name):
     """It ended after a step whose checkpoint is there, and said how to go on -> that step"""
     assert f"stopped by {name}. The same command goes on" in said(out), said(out)
     reached = checkpoint.read(checkpoint.steps_of(out)[-1])[0]["step"]
-    assert log_of(out)[-1]["step"] == reached < 60 and not workers(out)
+    assert log_of(out)[-1]["step"] == reached < 48 and not workers(out)
     return reached
 
 
@@ -82,11 +82,11 @@ def test_two_processes_live_through_a_signal_and_a_crash(shapes16, tmp_path):
     assert run.wait(60) != 0
     reached = assert_stopped(out, "SIGTERM")
     run = start(shapes16, out, *TWO, "--max-restarts=2")
-    wait_for_step(out, 25)
+    wait_for_step(out, 18)
     os.kill(workers(out, run)[-1], signal.SIGKILL)
     assert run.wait(120) == 0, said(out)
-    assert f"going on from step {reached}" in said(out) and "going on from step 20" in said(out)
-    assert start(shapes16, tmp_path / "whole", *TWO).wait(120) == 0
+    assert f"going on from step {reached}" in said(out) and "going on from step 16" in said(out)
+    launch("train.py", f"--data={shapes16}", *SMALL, *STEPS, f"--out={tmp_path / 'whole'}", processes=2)
     assert_equal(out, tmp_path / "whole")
 
 
@@ -98,10 +98,10 @@ def test_two_nodes_come_back_after_a_crash(shapes16, tmp_path, monkeypatch):
     out, nodes = tmp_path / "run", ("--nnodes=2", "--nproc_per_node=1", "--max-restarts=2", "--rdzv-id=a")
     agents = [start(shapes16, out, *nodes, f"--rdzv-endpoint=localhost:{port}",
                     TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1") for _ in range(2)]
-    wait_for_step(out, 25)
+    wait_for_step(out, 18)
     os.kill(workers(out, *agents)[-1], signal.SIGKILL)
     assert [agent.wait(120) for agent in agents] == [0, 0], said(out)
-    assert "going on from step 20" in said(out)
+    assert "going on from step 16" in said(out)
     for name, value in {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1, "TORCHELASTIC_MAX_RESTARTS": 2}.items():
         monkeypatch.setenv(name, str(value))
     with pytest.raises(ValueError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):

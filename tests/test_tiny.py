@@ -110,7 +110,7 @@ def tiny_scene(seed, size):
 
 
 def test_a_killed_training_ends_the_same(tmp_path):
-    args = ("--max_steps=150", "--eval_every=10")
+    args = ("--max_steps=60", "--eval_every=10")
     train_vae(tmp_path / "whole", *args)
     command = [sys.executable, ROOT / "train_vae.py", f"--out={tmp_path / 'cut'}", *VAE, *args]
     process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)

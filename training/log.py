@@ -78,6 +78,12 @@ class Log:
         if self.wandb:
             self.wandb.log(values, step=values["step"])
 
+    def picture(self, path, step):
+        """Send a picture to Weights & Biases, if wanted."""
+        if self.wandb:
+            import wandb as client
+            self.wandb.log({"samples": client.Image(str(path))}, step=step)
+
 
 class Meter:
     """Measures images/s, MFU and time left, of training alone.

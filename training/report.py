@@ -98,7 +98,7 @@ class Report:
         with self.meter.paused():
             images, texts = draw_samples(state.averaged_net, self.val_set, self.val_rows, state.vae, self.autocast, how)
             with not_worth_a_run(self.folder / "samples"):
-                save_samples(self.folder, state.step, images, texts)
+                self.log.picture(save_samples(self.folder, state.step, images, texts), state.step)
                 draw_progress(self.folder)
 
 
@@ -141,7 +141,8 @@ def draw_samples(net, val_set, ids, vae, autocast, how):
 
 
 def save_samples(folder, step, images, texts):
-    """Write samples/step_N.png, a grid, and add a column to samples/strip.png: the same captions over the steps."""
+    """Write samples/step_N.png, a grid, and return its path; add a column to samples/strip.png: the same captions over
+    the steps."""
     folder = Path(folder) / "samples"
     folder.mkdir(exist_ok=True)
     columns = math.ceil(len(images) ** 0.5)
@@ -157,6 +158,7 @@ def save_samples(folder, step, images, texts):
     wider.paste(strip)
     wider.paste(column, (strip.width, 0))
     save_picture(folder / "strip.png", wider, steps=json.dumps([*steps, step]))
+    return folder / f"step_{step:08d}.png"
 
 
 def is_number(value):

@@ -19,10 +19,10 @@ from training.optimizer import Average, Optimizer
 # what may differ when a run goes on (data are compared by content); a larger max_steps also stretches the schedule
 NOT_COMPARED = {"data", "val_data", "out", "overwrite", "max_steps", "device", "compile", "activation_checkpointing",
                 "loader_threads", "log_every", "eval_every", "sample_every", "sample_steps", "sample_guidance",
-                "checkpoint_every", "keep_checkpoints", "price", "wandb"}
+                "checkpoint_every", "keep_checkpoints", "price", "wandb", "check"}
 # what a run leaves in its folder
-OURS = re.compile(r"step_\d{8,}\.(safetensors|damaged)|log\.jsonl|progress\.png|run\.json|model(\.[0-9a-f]{8})?\.py"
-                  r"|samples/(step_\d{8,}\.png|strip\.png|captions\.txt)")
+OURS = re.compile(r"step_\d{8,}\.(safetensors|damaged|aside)|log\.jsonl|progress\.png|run\.json"
+                  r"|model(\.[0-9a-f]{8})?\.py|samples/(step_\d{8,}\.png|strip\.png|captions\.txt)")
 
 
 @dataclass
@@ -33,7 +33,7 @@ class State:
     run: dict = field(default_factory=dict)  # what a checkpoint says of itself: config, settings, data, model_sha256
     step: int = 0
     vae: object = None  # the autoencoder of the data, where it is wanted
-    replaces: bool = False  # whether an earlier run in the folder has to go (--overwrite)
+    replaces: object = False  # True: an earlier run in the folder has to go (--overwrite); or checkpoints to set aside
     earlier: dict = None  # settings of the checkpoint that it goes on from
 
     @property
@@ -44,8 +44,11 @@ class State:
     def begin(self, folder):
         """Take possession of the run's folder: only now that a step has been made does what it replaces go."""
         lock(folder)
-        if self.replaces:
+        if self.replaces is True:
             delete_run(folder)
+        elif self.replaces:
+            for path in self.replaces:
+                path.rename(path.with_suffix(".aside"))
         elif self.step == 1 and checkpoint.steps_of(folder):
             raise ValueError(f"another run has begun in {folder} meanwhile: give another --out")
         describe_run(folder, self.run, self.step > 1)
@@ -126,11 +129,12 @@ def differences(old, new):
 
 
 def find_resume(folder, run, overwrite=False):
-    """Lock a run's folder and return (last whole checkpoint of this very run or None, whether a run there has to go).
+    """Lock a run's folder and return (last whole checkpoint of this very run or None, what of the folder has to go).
 
-    ValueError says what differs in another run's, unless `overwrite`, which replaces every run but this very one where
-    it is not finished: so a job that is started again with its command goes on. A damaged checkpoint is set aside, and
-    the one before it used.
+    The second is False, True for a whole run, or the checkpoints after the one that --go_back names. ValueError says
+    what differs in another run's, unless `overwrite`, which replaces every run but this very one where it is not
+    finished: so a job that is started again with its command goes on. A damaged checkpoint is set aside, and the one
+    before it used.
     """
     if (Path(folder) / "model.py").exists() and not (Path(folder) / "run.json").exists():
         raise ValueError(f"{folder} has a model.py and no run.json, so it is no run's folder: give another --out, as "
@@ -139,12 +143,25 @@ def find_resume(folder, run, overwrite=False):
     try:
         path = last_whole(folder, run)
     except ValueError:
+        if run["settings"].get("go_back"):
+            return went_back(folder, run)
         if not overwrite:
             raise
         return None, True
     if overwrite and path and checkpoint.read(path)[0]["step"] >= run["settings"]["max_steps"]:
         return None, True
     return path, False
+
+
+def went_back(folder, run):
+    """Return (the checkpoint that --go_back names, those after it); ValueError if there is none."""
+    path = checkpoint.step_path(folder, run["settings"]["go_back"])
+    there = checkpoint.steps_of(folder)
+    if path not in there:
+        raise ValueError(f"go_back: there is no {path}, only {', '.join(p.name for p in there)}")
+    old, _ = checkpoint.read(path, whole=True)
+    check_same_encoders(old["data"], path, run["data"], "the data")
+    return path, [p for p in there if p.name > path.name]
 
 
 def last_whole(folder, run):
@@ -170,9 +187,10 @@ def last_whole(folder, run):
 
 def check_same_run(folder, old, run):
     """Raise a ValueError if the checkpoint's description `old` is not of the run that was asked for."""
-    compared = {name: v for name, v in run["settings"].items() if name not in NOT_COMPARED and name in old["settings"]}
+    there = {"go_back": 0} | old["settings"]  # which versions before it do not name
+    compared = {name: v for name, v in run["settings"].items() if name not in NOT_COMPARED and name in there}
     data = {name: v for name, v in run["data"].items() if name in old["data"] or name != "source_hash"}
-    differ = differences(old["settings"], compared) + differences(old["data"], data)
+    differ = differences(there, compared) + differences(old["data"], data)
     before, now = old["settings"]["max_steps"], run["settings"]["max_steps"]
     if before > now:
         differ.append(f"max_steps: {before} there, {now} now (it may only grow)")
