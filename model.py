@@ -107,7 +107,7 @@ class Attention(nn.Module):
         q, k, v = (self.q(x), *self.kv(caption).chunk(2, -1)) if self.cross else self.qkv(x).chunk(3, -1)
         # normalised over all heads together, before they are split
         q, k = (F.layer_norm(t, (self.width,), eps=1e-6) for t in (q, k))
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k.to(q.dtype), v.to(q.dtype)))
+        q, k, v = (t.to(v.dtype).unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 

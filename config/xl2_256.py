@@ -11,7 +11,7 @@ val_data = ("data/coco",)
 latent_size = 32            # 256 px with an autoencoder that shrinks pictures by 8
 # the network is train.py's default: XL/2
 batch_size = 2048
-micro_batch_size = 64       # by estimate some 40 GB on a GPU (bench.py), so a smaller one for smaller GPUs
+micro_batch_size = 128      # by count 48 GB on a GPU (bench.py), so a smaller one for smaller GPUs
 max_steps = 250_000
 mask_ratio = 0.75
 learning_rate = 2.4e-4

@@ -10,7 +10,7 @@ from config.xl2_256 import *
 seed = 2025                 # data in an order of its own
 init_from = "runs/xl2_256"
 init_optimizer = True
-micro_batch_size = 32
+micro_batch_size = 64
 max_steps = 30_000
 mask_ratio = 0.0
 learning_rate = 8e-5

@@ -10,7 +10,7 @@ from config.xl2_512 import *
 seed = 2027                 # data in an order of its own
 init_from = "runs/xl2_512"
 init_optimizer = True
-micro_batch_size = 8
+micro_batch_size = 16
 max_steps = 5000
 mask_ratio = 0.0
 warmup_steps = 0
