@@ -21,6 +21,7 @@ from conftest import ROOT, SMALL, launch, weights
 from PIL import Image
 
 from training import checkpoint
+from training.state import OURS
 
 KILLS, PICTURES = int(os.environ.get("KILLS", 1)), int(os.environ.get("PICTURES", 300))
 UNTIDY = (".done.json", ".skipped.jsonl", ".tmp")  # may be left by a kill after the very end; the next start tidies up
@@ -64,12 +65,13 @@ def processes(words):
     return sorted(found)
 
 
-def survive(args, log, finished, same):
+def survive(args, log, finished, same, known):
     """Start the command, and after a random time kill it and start it again, until KILLS have hit it at work; then let
     it finish.
 
     finished(folder), same(folder): whether a run is complete, and ended as the undisturbed one. A complete one is
-    cleared away, for a new one. -> the folders of the undisturbed run and of the last one
+    cleared away, for a new one. known(name): whether the documents name such a file, as every one must be after a kill.
+    -> the folders of the undisturbed run and of the last one
     """
     began, folder, rng = time.time(), Path(f"{log.name}.killed"), random.Random(7)
     assert start([*args, f"--out={log.name}.whole"], log).wait(600) == 0
@@ -90,7 +92,9 @@ def survive(args, log, finished, same):
         while processes(command[-1]):
             assert time.time() < deadline, "processes outlived their launcher"
             time.sleep(0.1)
-        unfinished += len(list(folder.glob("*.tmp")))
+        names = [path.name for path in folder.glob("*")]
+        unfinished += sum(name.endswith(".tmp") for name in names)
+        assert all(name == ".lock" or known(name) for name in names), names
         if finished(folder):
             assert same(folder)
             shutil.rmtree(folder)
@@ -98,7 +102,7 @@ def survive(args, log, finished, same):
     assert start(command, log).wait(300) == 0, log
     assert same(folder)
     print(f"undisturbed: {seconds:.1f} s; {KILLS} kills, {unfinished} of them while a file was being written, {runs} "
-          "runs finished, all the same")
+          f"runs finished, all the same; in the folder: {' '.join(sorted(path.name for path in folder.iterdir()))}")
     return Path(f"{log.name}.whole"), folder
 
 
@@ -118,7 +122,7 @@ def test_preparation_survives_kills(tmp_path):
         return {n: b for n, b in contents(folder).items() if not n.endswith(UNTIDY)} == whole
 
     with open(tmp_path / "log", "w") as log:
-        two, killed = survive(args, log, finished, same)
+        two, killed = survive(args, log, finished, same, lambda name: name in whole or name.endswith(UNTIDY))
     assert contents(two) == contents(killed) == whole
 
 
@@ -137,5 +141,5 @@ def test_training_survives_kills(shapes16, tmp_path):
         return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
     with open(tmp_path / "log", "w") as log:
-        _, killed = survive(args, log, finished, same)
+        _, killed = survive(args, log, finished, same, lambda name: OURS.fullmatch(name) or name.endswith(".tmp"))
     assert len(checkpoint.steps_of(killed)) == 2
