@@ -268,6 +268,21 @@ def saved(folder):
     return State(net, optimizer, Average(0.0, 0), run, step=1).save(folder, keep=2)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["net", "average", "moment"])
+def test_no_checkpoint_that_is_not_finite(run, tmp_path, where, value):
+    made = run(3)
+    made.run = {"settings": {"max_steps": 5}, "data": {}, "config": {}}
+    made.save(tmp_path, keep=1)
+    tensor = {"net": made.net.final.linear.weight, "average": made.average.net.blocks[0].norm1.weight,
+              "moment": made.optimizer.tensors()["exp_avg_sq.final.linear.weight"]}[where]
+    tensor.data.view(-1)[0] = value
+    made.step = 4
+    with pytest.raises(ValueError, match="is not finite at step 4, so no checkpoint was written. The last one is .*03"):
+        made.save(tmp_path, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000003.safetensors"]
+
+
 def test_what_is_synced_is_what_counts(tmp_path, monkeypatch):
     """The file whose bytes were synced is the one that is renamed, with the mode that the umask leaves"""
     synced = []
