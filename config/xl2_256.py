@@ -3,8 +3,8 @@ The paper's XL/2, 1,165.4 M parameters, phase 1 of 4: 256 px, 75 % masked, 250,0
 
     torchrun --nproc_per_node=8 train.py config/xl2_256.py
 
-1.45e20 FLOPs: 10.1 hours on 8 H100s at half of their peak, $304 at $3.75 for an hour of a GPU (by arithmetic:
-`python bench.py config/xl2_256.py`). The data sets: docs/datasets.md.
+1.45e20 FLOPs: 18.0 hours on 8 H100s, $540 at $3.75 for an hour of a GPU, counted and not measured (`python bench.py
+config/xl2_256.py`). The data sets: docs/datasets.md.
 """
 data = ("data/sa1b", "data/cc12m", "data/textcaps", "data/journeydb", "data/diffusiondb")
 val_data = ("data/coco",)
@@ -26,4 +26,4 @@ compile = True
 price = 3.75                # dollars for an hour of one GPU: the paper's $30 for a node of 8
 eval_every = 5000
 sample_every = 10_000
-checkpoint_every = 5000     # 14 GB each; 12 minutes at the speed hoped for
+checkpoint_every = 5000     # 14 GB each; 22 minutes by count
