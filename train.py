@@ -109,7 +109,7 @@ def train(state, net, batches, report, processes):
 
     while state.step < max_steps and not stop_signal:
         lr, masked = learning_rate_at(state.step), is_masked(state.step)
-        grad_norm = make_step(state, net, stream, len(micros), lr, masked, report.losses, processes)
+        grad_norm = make_step(state, net, stream, len(micros), masked, report.losses)
 
         if state.step == first_step and processes.rank == 0:
             state.begin(out)
@@ -133,23 +133,26 @@ def check_run(state, net, batches, report, processes):
     masked_steps = sum(map(is_masked, range(state.step, max_steps)))
 
     def step(masked):
-        return make_step(state, net, stream, len(micros), learning_rate_at(0), masked, report.losses, processes)
+        return make_step(state, net, stream, len(micros), masked, report.losses)
     try_run(step, masked_steps, state, settings, processes)
 
 
-def make_step(state, net, stream, micros, lr, masked, losses, processes):
-    """Make a step of this process's next `micros` micro-batches, and return the norm of its gradients, unclipped."""
+def make_step(state, net, stream, micros, masked, losses):
+    """Make a step of this process's next `micros` micro-batches, and return the norm of its gradients, unclipped.
+
+    net is state.net in DDP and compile.
+    """
     for m in range(micros):
         latents, captions, sigma, noise, uniforms = next(stream)
         ids_keep = kept_patches(uniforms, mask_ratio) if masked else None  # (B,K)
         with accumulating(net, last=m == micros - 1):
-            with autocast(processes.device):
+            with autocast(latents.device):
                 loss = edm_loss(net, latents, captions, sigma, noise, ids_keep, reduce=False)  # (B,)
             (loss.mean() / micros).backward()
         losses.add(sigma, loss)
     grad_norm = clip_grad_norm_(state.net.parameters(), grad_clip or math.inf)
     # if the norm is not finite, the weights stay as they are; `bad` is on the device, and nobody waits for it here
-    bad = state.optimizer.step(lr, grad_norm, zero_in_place=processes.world > 1)  # and zero the gradients
+    bad = state.optimizer.step(learning_rate_at(state.step), grad_norm, zero_in_place=dist.is_initialized())
     state.step += 1
     state.average.update(state.net, state.step, bad)
     return grad_norm

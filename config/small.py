@@ -3,10 +3,10 @@ An hour on two CPU cores: 3.6 M parameters, and an autoencoder of its own that i
 are masked in the first 1,600 of 4,200 steps. docs/measured.md has its times and scores.
 
     python train_vae.py --max_steps 3200 --out runs/small_vae
-    python prepare_latents.py --vae runs/small_vae/vae.safetensors --resolutions 64 --limit 40000 --out data/shapes64_small
+    python prepare_latents.py --vae runs/small_vae/vae.safetensors --resolutions 64 --limit 40000 --out data/small64
     python train.py config/small.py
 """
-data = "data/shapes64_small"
+data = "data/small64"
 latent_size = 8             # 64 px, of which the autoencoder makes 8 x 8 x 4
 patch_size = 2              # 16 patches of 16 x 16 px
 mask_ratio = 0.5            # not 0.75: of 16 patches the 4 that were left would say little

@@ -26,9 +26,11 @@ COMMANDS = {  # which test runs the commands of the pages that have such parts (
     "minutes or hours; tests/test_train.py trains less": ("runs/gelu", "runs/relu2", "train.py config/small.py"),
     "minutes; tests/test_bench.py scales it down": ("bench.py",),
     "up to an hour; tests/test_studies.py scales it down": ("studies.ablate",),
-    "minutes of models of the published sizes": ("prepare_speed",), "half an hour": ("tests/test_kills.py",)}
+    "minutes of models of the published sizes": ("prepare_speed",), "half an hour": ("tests/test_kills.py",),
+    "a part of the suite, and what Slurm's lines need": ("tests/test_gpu.py", "export TORCH_")}
 PARTS = [part for parts in COMMANDS.values() for part in parts]
-OTHERS = {"nproc_per_node", "nnodes", "rdzv-backend", "rdzv-endpoint", "max-restarts", "help"}  # torchrun's and ours
+OTHERS = {"nproc_per_node", "nnodes", "rdzv-backend", "rdzv-endpoint", "rdzv-id", "max-restarts",
+          "help"}  # torchrun's and ours
 
 
 def commands(text):

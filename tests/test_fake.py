@@ -64,7 +64,7 @@ def steps(monkeypatch):
             batch = (*batch[:4], torch.empty(4, CONFIG.tokens, device=META))
             stream = iter([batch] * 4)
             for masked in (True, False):
-                norm = train.make_step(state, state.net, stream, 2, 1e-3, masked, losses, processes)
+                norm = train.make_step(state, state.net, stream, 2, masked, losses)
         assert norm.device == META and state.step == 2
         return state
 
