@@ -335,7 +335,8 @@ def main():
     elif init_from:
         state.start_from(init_from, init_optimizer)
     state.replaces = replaces
-    report = Report(state, settings, train_set, (val_set, val_rows), autocast, processes)
+    told = settings | {"wandb": ""} if check else settings
+    report = Report(state, told, train_set, (val_set, val_rows), autocast, processes)
     announce(state, rows, report, processes)
     batches = Batches(train_set, rows, micro_batch_size, batch_size // micro_batch_size, tokens=config.tokens,
                       seed=seed, p_mean=p_mean, p_std=p_std, caption_dropout=caption_dropout,
