@@ -35,7 +35,7 @@ TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", tor
 
 
 RUN = {"step": COUNT, "config": TABLE, "model_sha256?": TEXT,
-       "settings": {"max_steps?": COUNT, "optimizer?": TEXT, "sample_guidance?": NUMBER},
+       "settings": {"max_steps": COUNT, "optimizer?": TEXT, "sample_guidance?": NUMBER},
        "data": {"vae": VAE, "text_encoder": TEXT_ENCODER, "words?": [TEXT]}}
 
 

@@ -141,11 +141,16 @@ class Optimizer:
             names, part.param_groups[0]["params"])}
         for name, value in tensors.items():
             key, _, parameter = name.partition(".")
-            if value.shape not in (shapes.get(parameter), torch.Size()):
+            if parameter not in shapes or value.shape not in (shapes[parameter], torch.Size()):
                 raise ValueError(f"{where}: tensor optimizer.{name} has shape {tuple(value.shape)}, and its parameter "
                                  + str(tuple(shapes[parameter]) if parameter in shapes else "does not exist"))
             by_parameter.setdefault(parameter, {})[key] = value.clone()  # not a view of a file that will be deleted
         for optimizer, names in self.parts:
+            wanted = {"momentum_buffer"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
+            for parameter in names:
+                for key in wanted ^ by_parameter.get(parameter, wanted).keys():
+                    raise ValueError(f"{where}: tensor optimizer.{key}.{parameter} is "
+                                     + ("missing" if key in wanted else "of another optimizer"))
             state = {i: by_parameter[n] for i, n in enumerate(names) if n in by_parameter}
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
