@@ -7,6 +7,7 @@ import contextlib
 import io
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -101,8 +102,9 @@ def survive(args, log, finished, same, known):
             runs += 1
     assert start(command, log).wait(300) == 0, log
     assert same(folder)
+    kinds = sorted({re.sub("[0-9]+", "N", path.name) for path in folder.iterdir()})
     print(f"undisturbed: {seconds:.1f} s; {KILLS} kills, {unfinished} of them while a file was being written, {runs} "
-          f"runs finished, all the same; in the folder: {' '.join(sorted(path.name for path in folder.iterdir()))}")
+          f"runs finished, all the same; in the folder: {' '.join(kinds)}")
     return Path(f"{log.name}.whole"), folder
 
 
