@@ -446,10 +446,10 @@ def edm_loss(net, latents, caption, sigma, noise, ids_keep=None, *, reduce=True)
 
 
 def noise_levels(steps, sigma_max=80.0, sigma_min=0.002, rho=7.0):
-    """Return `steps` levels from sigma_max down to sigma_min (EDM, eq. 5), then 0, as float64."""
+    """Return a list of `steps` levels from sigma_max down to sigma_min (EDM, eq. 5), and 0 at its end."""
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     sigma = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
-    return torch.cat([sigma, sigma.new_zeros(1)])
+    return [*sigma.tolist(), 0.0]
 
 
 @torch.no_grad()
@@ -477,7 +477,7 @@ def sample(net, noise, caption, steps=30, guidance_scale=5.0, sampler="heun", *,
         with_caption, without = both.chunk(2)
         return without + guidance_scale * (with_caption - without)
 
-    sigmas = noise_levels(steps, sigma_max, sigma_min, rho).tolist()  # numbers, so that no step waits for a copy
+    sigmas = noise_levels(steps, sigma_max, sigma_min, rho)
     x = noise.to(torch.float32 if noise.device.type == "mps" else torch.float64) * sigmas[0]
     return SAMPLERS[sampler](denoised, x, sigmas, on_step or (lambda denoised: None)).float()
 

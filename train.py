@@ -102,14 +102,13 @@ MOST_WORDS = 100_000  # of the stand-in's vocabulary, which checkpoints carry so
 
 def train(state, net, batches, report, processes):
     """Train until max_steps or a signal, and return the signal's number or 0. net is state.net in DDP and compile."""
-    micros = range(processes.rank, batch_size // micro_batch_size, processes.world)  # this process's, of every step
-    stream = batches.stream(((step, m) for step in range(state.step, max_steps) for m in micros), processes.device)
+    micros, stream = own_batches(batches, range(state.step, max_steps), processes)
     signals, first_step, stop_signal = Signals(processes), state.step + 1, 0
     report.meter.restart(state.step)
 
     while state.step < max_steps and not stop_signal:
         lr, masked = learning_rate_at(state.step), is_masked(state.step)
-        grad_norm = make_step(state, net, stream, len(micros), masked, report.losses)
+        grad_norm = make_step(state, net, stream, micros, masked, report.losses)
 
         if state.step == first_step and processes.rank == 0:
             state.begin(out)
@@ -124,17 +123,6 @@ def train(state, net, batches, report, processes):
             with report.meter.paused():
                 state.save(out, keep_checkpoints)
     return stop_signal if state.step < max_steps else 0
-
-
-def check_run(state, net, batches, report, processes):
-    """Try what the run will do, and say how it went (--check)."""
-    micros = range(processes.rank, batch_size // micro_batch_size, processes.world)
-    stream = batches.stream(((step, m) for step in itertools.count(state.step) for m in micros), processes.device)
-    masked_steps = sum(map(is_masked, range(state.step, max_steps)))
-
-    def step(masked):
-        return make_step(state, net, stream, len(micros), masked, report.losses)
-    try_run(step, masked_steps, state, settings, processes)
 
 
 def make_step(state, net, stream, micros, masked, losses):
@@ -156,6 +144,20 @@ def make_step(state, net, stream, micros, masked, losses):
     state.step += 1
     state.average.update(state.net, state.step, bad)
     return grad_norm
+
+
+def own_batches(batches, steps, processes):
+    """Return (number of this process's micro-batches in a step, a stream of those of the steps)."""
+    micros = range(processes.rank, batch_size // micro_batch_size, processes.world)
+    return len(micros), batches.stream(((step, m) for step in steps for m in micros), processes.device)
+
+
+def check_run(state, net, batches, report, processes):
+    """Try what the run will do, and say how it went (--check)."""
+    micros, stream = own_batches(batches, itertools.count(state.step), processes)
+    masked_steps = sum(map(is_masked, range(state.step, max_steps)))
+    try_run(lambda masked: make_step(state, net, stream, micros, masked, report.losses), masked_steps, state, settings,
+            processes)
 
 
 def learning_rate_at(step, steps=None):
@@ -343,7 +345,8 @@ def main():
                       threads=loader_threads if processes.device.type == "cuda" else 0)
     net = wrap_network(state.net, processes)
     if check:
-        return check_run(state, net, batches, report, processes)
+        check_run(state, net, batches, report, processes)
+        return processes.leave()
     stop_signal = train(state, net, batches, report, processes)
     processes.leave()  # together, as torchrun may end the others while process 0 still writes
     if processes.rank == 0 and not stop_signal:

@@ -8,7 +8,7 @@ once, as the compiler fuses; memory is what is alive at a time. The figures of t
 import math
 import operator
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
@@ -21,7 +21,7 @@ from model import edm_loss
 
 PEAK = PEAKS["H100"]
 PROCESSORS = 132                # of an H100, each with one tile of a product at a time
-# tiles of a product's result, and the share of the peak that they reach: what is known of cuBLAS, not measured here
+# tiles of a product's result, and the share of the peak that they are assumed to reach
 TILES = ((128, 256, 0.74), (256, 128, 0.74), (128, 128, 0.66), (64, 256, 0.60), (64, 128, 0.50), (64, 64, 0.35))
 BANDWIDTH = 2.8e12              # bytes/s that kernels reach, of the 3.35e12 on the datasheet
 ATTENTION_BANDWIDTH = 1.8e12    # bytes/s of flash attention at these lengths
@@ -40,13 +40,13 @@ class Step:
     products: float = 0.0       # seconds
     elementwise: float = 0.0
     attention: float = 0.0
-    flops: float = 0.0          # of the products and of attention
+    flops: float = 0.0          # of the products
     moved: float = 0.0          # bytes that the elementwise kernels read and write
     launches: int = 0
     saved: float = 0.0          # bytes of a picture's tensors that the backward pass waits for
     copies: float = 0.0         # bytes that it keeps once, whatever the number of pictures: weights in bf16
     peak: float = 0.0           # most bytes at a time, beside weights, gradients and the optimizer's state
-    wide: Counter = None        # {shape of a float32 tensor: bytes moved}, the largest first
+    wide: Counter = field(default_factory=Counter)  # {shape of a float32 tensor: bytes of it that kernels move}
 
     @property
     def seconds(self):
@@ -100,7 +100,7 @@ def graphs(config, pictures, mask_ratio):
 
 def count(config, pictures, mask_ratio):
     """Return the Step of a micro-batch of so many pictures, without activation checkpointing."""
-    step = Step(wide=Counter())
+    step = Step()
     forward, backward, weights = graphs(config, pictures, mask_ratio)
     inputs = [node for node in forward.nodes if node.op == "placeholder"]
     of_data = depends_on(forward, inputs[weights:])
@@ -127,9 +127,10 @@ def depends_on(graph, roots):
 
 
 def kind(node):
-    name = node.target.__name__.partition(".")[0] if node.op == "call_function" else ""
+    """Return what an operation is: input (or output), view, product, attention, alone or fused."""
     if node.op != "call_function":
         return "input"
+    name = node.target.__name__.partition(".")[0]
     if node.target is operator.getitem or name in VIEWS:
         return "view"
     if name in PRODUCTS:
@@ -153,9 +154,10 @@ def run(graph, step, alive, waiting):
 
     waiting: names of what the forward pass hands on, which dies in the backward pass.
     """
-    nodes = [node for node in graph.nodes if kind(node) != "input"]
-    group_of, groups = {}, []
-    for node in nodes:
+    group_of, groups = {}, []  # what stands between two products, as far as it can be fused, is a group: one kernel
+    for node in graph.nodes:
+        if kind(node) == "input":
+            continue
         if kind(node) in ("fused", "view") and groups and groups[-1][0] == "fused":
             groups[-1][1].append(node)
         else:
@@ -172,7 +174,7 @@ def run(graph, step, alive, waiting):
 
     held = {node: size(node) for node in graph.nodes if node.op == "placeholder" and node.name in waiting}
     for i, (sort, members) in enumerate(groups):
-        read = {s: None for node in members for s in node.all_input_nodes if group_of.get(s) != i}
+        read = dict.fromkeys(s for node in members for s in node.all_input_nodes if group_of.get(s) != i)
         written = [node for node in members if kind(node) != "view" and any(
             group_of.get(user, -1) != i for user in real_users(node))]
         add_kernel(step, sort, members, read, written)
@@ -202,6 +204,7 @@ def real_users(node):
 
 
 def add_kernel(step, sort, members, read, written):
+    """Add what a group takes; read and written are the nodes outside and inside that it reads and that others read."""
     moved = sum(size(node) for node in read) + sum(size(node) for node in written)
     if sort == "product":
         flops, seconds = product(members[0])
@@ -228,7 +231,7 @@ def product(node):
         out = math.prod(tensors(node)[0].shape)
         weight = min(shapes, key=math.prod)
         flops = 2 * out * math.prod(weight[1:])
-        return flops, max(flops / (0.3 * PEAK), LAUNCH)
+        return flops, max(flops / (0.3 * PEAK), LAUNCH)  # so small that its share of the peak hardly matters
     a, b = shapes[-2:]
     batch, m, k, n = math.prod(a[:-2]), a[-2], a[-1], b[-1]
     return 2 * batch * m * k * n, product_seconds(batch, m, k, n)

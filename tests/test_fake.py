@@ -59,9 +59,8 @@ def steps(monkeypatch):
         edit(state)
         losses = Losses(-0.6, 1.2, processes)
         with Stays("meta"):
-            batch = (torch.empty(4, 4, 8, 8, device=META), torch.empty(4, 7, 16, device=META),
-                     torch.empty(4, device=META), torch.empty(4, 4, 8, 8, device=META), torch.empty(4, 16, device=META))
-            batch = (*batch[:4], torch.empty(4, CONFIG.tokens, device=META))
+            shapes = ((4, 4, 8, 8), (4, 7, 16), (4,), (4, 4, 8, 8), (4, CONFIG.tokens))
+            batch = [torch.empty(shape, device=META) for shape in shapes]  # latents, captions, sigma, noise, uniforms
             stream = iter([batch] * 4)
             for masked in (True, False):
                 norm = train.make_step(state, state.net, stream, 2, masked, losses)
@@ -116,8 +115,8 @@ def test_validation_reads_back_only_the_losses():
 @pytest.fixture
 def on_cuda(monkeypatch):
     """on_cuda(module) has a module's weights on a GPU that is not there"""
-    levels = model.noise_levels(3).tolist()
-    monkeypatch.setattr(model, "noise_levels", lambda *args: SimpleNamespace(tolist=lambda: levels))
+    levels = model.noise_levels(3)
+    monkeypatch.setattr(model, "noise_levels", lambda *args: levels)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True)

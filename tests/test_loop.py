@@ -268,6 +268,18 @@ def saved(folder):
     return State(net, optimizer, Average(0.0, 0), run, step=1).save(folder, keep=2)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_optimizers_state_is_whole_or_of_a_parameter_without_gradients(run, optimizer):
+    made = run(2, optimizer=optimizer)
+    whole, name = made.optimizer.tensors(), "blocks.0.attn.qkv.weight"
+    made.optimizer.load({key: value for key, value in whole.items() if not key.endswith(name)})
+    assert not any(key.endswith(name) for key in made.optimizer.tensors())
+    part = {"adamw": "exp_avg_sq", "muon": "momentum_buffer"}[optimizer]
+    renamed = {f"x.{name}" if key == f"{part}.{name}" else key: value for key, value in whole.items()}
+    with pytest.raises(ValueError, match=rf"the file: tensor optimizer\.{part}\.{name} is missing: take another"):
+        made.optimizer.load(renamed, "the file")
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("where", ["net", "average", "moment"])
 def test_no_checkpoint_that_is_not_finite(run, tmp_path, where, value):

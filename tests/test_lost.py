@@ -292,6 +292,7 @@ def test_going_back_sets_later_checkpoints_aside_once(fit, whole, tmp_path):
     run, args = shutil.copytree(whole, tmp_path / "run"), ("--go_back=4", "--learning_rate=1e-3", "--seed=5")
     message = fit(run, "--go_back=3", "--seed=5", fails=True)
     assert "go_back: there is no" in message and "step_00000004.safetensors, step_00000008.safetensors" in message
+    assert "has no checkpoint" in fit(tmp_path / "none", "--go_back=3", fails=True)
     assert steps_in(run) == [4, 8]
     assert "going on from step 4" in fit(run, *args)
     assert steps_in(run) == [4, 8] and (run / "step_00000008.aside").exists()
@@ -303,8 +304,8 @@ def test_going_back_sets_later_checkpoints_aside_once(fit, whole, tmp_path):
 def test_check_tries_everything_and_writes_nothing(fit, small_disk, tmp_path):
     out = tmp_path / "run"
     printed = fit(out, "--check", "--unmasked_steps=4", "--price=2", "--micro_batch_size=8", processes=2)
-    for words in ("links: 2 processes", "\nmasked: ", "\nunmasked: ", "memory: ", "disk: checkpoints of 0.00 GB",
+    for words in ("links: 2 processes", "\nmasked: ", "\nunmasked: ", "memory: ", "disk: checkpoints of 1 MB",
                   "in all: ", "$0", "Nothing was written"):
         assert printed.count(words) == 1, words
     assert not out.exists()
-    assert "3 checkpoints of 0.00 GB do not fit on the disk of" in fit(small_disk(1) / "run", "--check", fails=True)
+    assert "3 more checkpoints of 1 MB do not fit on the disk of" in fit(small_disk(1) / "run", "--check", fails=True)

@@ -1,6 +1,6 @@
 """
-What `train.py --check` finds out in two minutes before a run of days: memory, links between the processes, the speed of
-a step, room for checkpoints, hours and dollars. It writes nothing.
+What `train.py --check` finds out before a run of days: links between the processes, the speed of a step, memory, room
+for checkpoints, hours and dollars. It writes nothing.
 """
 import math
 import shutil
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from training.checkpoint import steps_of
 from training.log import duration
 
 STEPS = 3       # timed after the first, which compiles
@@ -51,7 +52,7 @@ def time_steps(step, name, processes):
     norms += [norm.item() for norm in [step() for _ in range(STEPS)]]
     each = (time.perf_counter() - began) / STEPS
     if not all(map(math.isfinite, norms)):
-        raise ValueError(f"the gradients of {name} steps are not finite, of the very first. Look at the data and "
+        raise ValueError(f"the gradients of {name} steps are not finite, from the start: look at the data and at "
                          "--init_from, or try a lower learning_rate")
     slowest = torch.tensor([first, each], dtype=torch.float64)
     if processes.world > 1:
@@ -80,7 +81,7 @@ def memory(state, device):
     if most > TIGHT * there:
         raise ValueError(f"memory: {most / 1e9:.1f} of {there / 1e9:.1f} GB on {device} is too close: halve "
                          "micro_batch_size")
-    return f"{most / 1e9:.1f} of {there / 1e9:.1f} GB on {device}, its average of the weights included"
+    return f"{most / 1e9:.1f} of {there / 1e9:.1f} GB on {device}, with what the run will keep later"
 
 
 def disk(state, settings):
@@ -89,8 +90,9 @@ def disk(state, settings):
     size += sum(t.nbytes for t in state.optimizer.tensors().values())
     out = Path(settings["out"]).absolute()
     folder = next(p for p in (out, *out.parents) if p.exists())
-    number, free = settings["keep_checkpoints"] + 1, shutil.disk_usage(folder).free  # one more while it is written
-    if number * size > free:
-        raise ValueError(f"{number} checkpoints of {size / 1e9:.2f} GB do not fit on the disk of {folder}, where "
-                         f"{free / 1e9:.1f} GB are free")
-    return f"checkpoints of {size / 1e9:.2f} GB, at most {number} at a time; {free / 1e9:,.1f} GB free in {folder}"
+    most, free = settings["keep_checkpoints"] + 1, shutil.disk_usage(folder).free  # one more while it is written
+    new = max(1, most - len(steps_of(out)))
+    if new * size > free:
+        raise ValueError(f"{new} more checkpoints of {size / 1e6:,.0f} MB do not fit on the disk of {folder}, where "
+                         f"{free / 1e6:,.0f} MB are free: free some, or lower keep_checkpoints")
+    return f"checkpoints of {size / 1e6:,.0f} MB, at most {most} at a time; {free / 1e9:,.1f} GB free in {folder}"

@@ -147,10 +147,11 @@ class Optimizer:
             by_parameter.setdefault(parameter, {})[key] = value.clone()  # not a view of a file that will be deleted
         for optimizer, names in self.parts:
             wanted = {"momentum_buffer"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
-            for parameter in names:
-                for key in wanted ^ by_parameter.get(parameter, wanted).keys():
+            for parameter in (n for n in names if n in by_parameter):  # one that never had a gradient has no state
+                for key in sorted(wanted ^ by_parameter[parameter].keys()):
                     raise ValueError(f"{where}: tensor optimizer.{key}.{parameter} is "
-                                     + ("missing" if key in wanted else "of another optimizer"))
+                                     + ("missing" if key in wanted else "of another optimizer")
+                                     + ": take another checkpoint, or with --init_from leave --init_optimizer out")
             state = {i: by_parameter[n] for i, n in enumerate(names) if n in by_parameter}
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 

@@ -148,6 +148,8 @@ def find_resume(folder, run, overwrite=False):
         if not overwrite:
             raise
         return None, True
+    if run["settings"].get("go_back") and not path:
+        return went_back(folder, run)
     if overwrite and path and checkpoint.read(path)[0]["step"] >= run["settings"]["max_steps"]:
         return None, True
     return path, False
@@ -158,7 +160,8 @@ def went_back(folder, run):
     path = checkpoint.step_path(folder, run["settings"]["go_back"])
     there = checkpoint.steps_of(folder)
     if path not in there:
-        raise ValueError(f"go_back: there is no {path}, only {', '.join(p.name for p in there)}")
+        names = ", ".join(p.name for p in there) or "no checkpoint"
+        raise ValueError(f"go_back: there is no {path}. {folder} has {names}: name the step of one that is there")
     old, _ = checkpoint.read(path, whole=True)
     check_same_encoders(old["data"], path, run["data"], "the data")
     return path, [p for p in there if p.name > path.name]
