@@ -38,6 +38,10 @@ class MicroDiTConfig:
     expert_capacity: float = 2.0                # experts that process a token, on average (> 0)
     moe_every: int = 2                          # every so many blocks one is sparse (>= 1)
     router_unmodulated: bool = False            # the router reads LN(x) instead of the adaLN-modulated tokens
+    # not the paper's: docs/masking.md says what they gain
+    mixer_skip: bool = False                    # what enters the mixer is added to what leaves it, past its bridges
+    mixer_conv: bool = False                    # a depthwise 3x3 convolution in front of the mixer's MLPs
+    fused_blocks: int = -1                      # last blocks that see all patches again; -1: none do (>= -1)
 
     def __post_init__(self):
         self.attn_ratio, self.mlp_ratio = tuple(self.attn_ratio), tuple(self.mlp_ratio)  # JSON gives lists
@@ -50,6 +54,11 @@ class MicroDiTConfig:
                 raise ValueError(f"{name} {width} is not a multiple of head_dim {self.head_dim}")
         if self.num_experts and self.moe_every < 1:
             raise ValueError(f"moe_every is {self.moe_every}, must be at least 1")
+        if self.mixer_skip and (not self.mixer_depth or self.mixer_dim == self.dim):
+            raise ValueError("mixer_skip needs a mixer of another width than the backbone: of the same width, it is a "
+                             "part of the residual stream already")
+        if self.fused_blocks >= self.depth:
+            raise ValueError(f"fused_blocks is {self.fused_blocks}: it must be below depth {self.depth}")
 
     @property
     def tokens(self):
@@ -156,10 +165,25 @@ class ExpertChoiceMLP(nn.Module):
         return out.new_zeros(B * T, d).index_add(0, rows, out).view(B, T, d).to(x.dtype)
 
 
+class Neighbours(nn.Module):
+    """Adds a depthwise 3x3 convolution over the grid of all patches (B,T,d); zero at first."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
+
+    def init_weights(self, out_std):
+        nn.init.zeros_(self.conv.weight)
+
+    def forward(self, x):
+        side = math.isqrt(x.shape[1])
+        return x + self.conv(x.transpose(1, 2).unflatten(2, (side, side))).flatten(2).transpose(1, 2)
+
+
 class Block(nn.Module):
     """x += gate * SelfAttn(adaLN(x));  x += CrossAttn(LN(x), caption);  x += gate * MLP(adaLN(x))"""
 
-    def __init__(self, config, dim, attn_ratio, mlp_ratio, sparse):
+    def __init__(self, config, dim, attn_ratio, mlp_ratio, sparse, conv=False):
         super().__init__()
         c = config
         self.router_unmodulated = sparse and c.router_unmodulated
@@ -173,6 +197,7 @@ class Block(nn.Module):
         else:
             self.mlp = SwiGLU(dim, swiglu_hidden(dim, mlp_ratio, c.mlp_multiple))
         self.modulation = nn.Linear(c.dim, 6 * dim)
+        self.neighbours = Neighbours(dim) if conv else nn.Identity()
 
     def init_weights(self, out_std):
         """Have each child with an init_weights(out_std) initialise itself. Zero gates make the block the identity."""
@@ -188,7 +213,7 @@ class Block(nn.Module):
         x = x + self.cross_attn(self.norm2(x), caption)
         h = self.norm3(x)
         router_input = (h,) if self.router_unmodulated else ()
-        return x + gate_m.unsqueeze(1) * self.mlp(modulate(h, shift_m, scale_m), *router_input)
+        return x + gate_m.unsqueeze(1) * self.mlp(self.neighbours(modulate(h, shift_m, scale_m)), *router_input)
 
 
 class CaptionBlock(nn.Module):
@@ -222,6 +247,28 @@ class CaptionMLP(nn.Module):
 
     def forward(self, x):
         return self.fc2(self.norm(gelu_tanh(self.fc1(x))))
+
+
+class Fusion(nn.Module):
+    """Joins the mixer's output for all patches (B,T,D) and the backbone's for the kept ones (SPRINT, Park et al. 2025).
+
+    A learned token stands for what the backbone did not see: the other patches, and all of a picture without caption,
+    so that what guidance moves away from is the mixer's guess alone.
+    """
+
+    def __init__(self, dim):
+        super().__init__()
+        self.token, self.linear = nn.Parameter(torch.zeros(dim)), nn.Linear(2 * dim, dim, bias=False)
+
+    def init_weights(self):
+        self.linear.weight.copy_(torch.eye(self.token.numel()).repeat(1, 2) / 2)  # their mean
+
+    def forward(self, dense, deep, ids_keep, caption):
+        seen = caption.any(2).any(1).view(-1, 1, 1)
+        token = self.token.to(deep.dtype)
+        if ids_keep is not None:
+            deep = token.expand(dense.shape).scatter(1, ids_keep.unsqueeze(-1).expand_as(deep), deep)
+        return self.linear(torch.cat([dense, torch.where(seen, deep, token)], -1)).to(dense.dtype)
 
 
 class FinalLayer(nn.Module):
@@ -272,8 +319,20 @@ def unpatchify(x, p):
     return x.view(B, side, side, p, p, n // (p * p)).permute(0, 5, 1, 3, 2, 4).reshape(B, -1, side * p, side * p)
 
 
-def kept_patches(uniforms, mask_ratio):
-    """Choose the patches that masking keeps: uniforms (B,T) -> ids_keep (B, int(T(1-r))), smallest draws, ascending."""
+def kept_patches(uniforms, mask_ratio, mask="random"):
+    """Choose the patches that masking keeps: uniforms (B,T) -> ids_keep (B, int(T(1-r))), smallest draws, ascending.
+
+    "grouped" keeps as many of each cell of 2 x 2 patches, cell by cell, so that no part of the picture goes unseen.
+    """
+    if mask == "grouped":
+        B, T = uniforms.shape
+        side, keep = math.isqrt(T), 4 * (1 - mask_ratio)
+        if side % 2 or keep not in (1, 2, 3, 4):
+            raise ValueError(f"mask_ratio {mask_ratio} of {side} x {side} patches: a grouped mask drops 0, 0.25, 0.5 "
+                             "or 0.75 of each 2 x 2, and needs an even number of them on a side")
+        cells = patchify(torch.arange(T, device=uniforms.device).view(1, 1, side, side), 2)[0]   # (T/4, 4)
+        order = uniforms[:, cells].argsort(-1)[..., :int(keep)]                                  # (B, T/4, kept ones)
+        return cells.expand(B, -1, -1).gather(2, order).flatten(1)
     keep = int(uniforms.shape[1] * (1 - mask_ratio))
     if not 1 <= keep <= uniforms.shape[1]:
         raise ValueError(f"mask_ratio {mask_ratio} keeps {keep} of {uniforms.shape[1]} patches: it must be at least 0 "
@@ -310,10 +369,12 @@ class MicroDiT(nn.Module):
             self.mixer_in, self.mixer_caption = bridge(c.dim, c.mixer_dim), bridge(c.dim, c.mixer_dim)
             self.mixer_out = bridge(c.mixer_dim, c.dim)
         self.mixer = nn.ModuleList(
-            Block(c, c.mixer_dim, 1, c.mixer_mlp_ratio, self._is_sparse(i) and i > 0) for i in range(c.mixer_depth))
+            Block(c, c.mixer_dim, 1, c.mixer_mlp_ratio, self._is_sparse(i) and i > 0, c.mixer_conv)
+            for i in range(c.mixer_depth))
         ratios = zip(linspace(*c.attn_ratio, c.depth), linspace(*c.mlp_ratio, c.depth))
         self.blocks = nn.ModuleList(
             Block(c, c.dim, a, m, self._is_sparse(i) and i < c.depth - 1) for i, (a, m) in enumerate(ratios))
+        self.fusion = Fusion(c.dim) if c.fused_blocks >= 0 else None
         self.final = FinalLayer(c.dim, c.patch_size ** 2 * c.latent_channels)
         self.init_weights()
 
@@ -323,7 +384,8 @@ class MicroDiT(nn.Module):
     def forward(self, x, c_noise, caption, ids_keep=None, kept_only=False):
         """Map x (B,C,H,W) scaled by c_in, c_noise (B,) = ln(sigma)/4, caption (B,L,Dc) and ids_keep (B,K) to (B,C,H,W).
 
-        With ids_keep the other patches come back zero; with kept_only they do not come back: (B, K, p*p*C).
+        With ids_keep the other patches come back zero; with kept_only they do not come back: (B, K, p*p*C). With
+        fused_blocks all of them come back.
         """
         c = self.config
         if x.shape[1:] != (c.latent_channels, c.latent_size, c.latent_size) or caption.shape[2:] != (c.caption_dim,):
@@ -331,25 +393,38 @@ class MicroDiT(nn.Module):
                              f"(B, {c.latent_channels}, {c.latent_size}, {c.latent_size}) and (B, L, {c.caption_dim})")
         # the table is float32, and so are all sums of the blocks' outputs, under autocast too
         x = self.patch_embed(x).flatten(2).transpose(1, 2) + self.pos_embed                      # (B, T, D)
+        given = caption
         caption = self.caption_block(self.caption_embed(caption))                                # (B, L, D)
         noise = self.noise_embed(noise_level_features(c_noise).to(self.noise_embed[0].weight.dtype))
         cond = gelu_tanh(noise + self.pooled_embed(caption.mean(1)))                             # (B, D), of all adaLNs
 
+        def kept(tokens):
+            return tokens if ids_keep is None else gather_tokens(tokens, ids_keep)
+
+        def deferred(tokens):  # a network that fuses needs the mixer's output for all patches
+            return tokens if self.fusion else kept(tokens)
+        entered = x
         if c.mixer_depth:
             x, mixer_caption = self.mixer_in(x).to(x.dtype), self.mixer_caption(caption)         # (B, T, d), (B, L, d)
             for block in self.mixer:
                 x = self._run(block, x, mixer_caption, cond)
-        if ids_keep is not None:
-            x = gather_tokens(x, ids_keep)                                                       # (B, K, d)
+        x = deferred(x)                                                                          # (B, K, d)
         if c.mixer_depth:
             x = self.mixer_out(x).to(x.dtype)
-        for block in self.blocks:
+        if c.mixer_skip:
+            x = x + deferred(entered)
+        dense, x, last = x, kept(x) if self.fusion else x, c.depth - max(0, c.fused_blocks)      # (B, K, D)
+        for block in self.blocks[:last]:
+            x = self._run(block, x, caption, cond)
+        if self.fusion:
+            x = self.fusion(dense, x, ids_keep, given)                                           # (B, T, D)
+        for block in self.blocks[last:]:
             x = self._run(block, x, caption, cond)
         x = self.final(x, cond)                                                                  # (B, K, p*p*C)
 
-        if kept_only:
+        if kept_only and not self.fusion:
             return x
-        if ids_keep is not None:
+        if ids_keep is not None and not self.fusion:
             x = x.new_zeros(x.shape[0], c.tokens, x.shape[2]).scatter(1, ids_keep.unsqueeze(-1).expand_as(x), x)
         return unpatchify(x, c.patch_size)
 
@@ -425,8 +500,8 @@ def network_dtype(net):
 def edm_loss(net, latents, caption, sigma, noise, ids_keep=None, *, reduce=True):
     """Compute the weighted squared error of D (EDM, eq. 8) in float32: latents, noise (B,C,H,W), sigma (B,) -> scalar.
 
-    The mean over each picture's kept patches, then over pictures; reduce=False gives the B means. noise ~ N(0, 1).
-    A network that leaves a scalar or (B,) as its attribute extra_loss has that added in training.
+    The mean over each picture's kept patches (all, where the network fuses), then over pictures; reduce=False gives the
+    B means. noise ~ N(0, 1). What a network leaves as its attribute extra_loss, a scalar or (B,), is added in training.
     """
     sigma_ = sigma.float().view(-1, 1, 1, 1)
     c_skip, c_out, c_in, c_noise = preconditioning(sigma_)
@@ -435,7 +510,7 @@ def edm_loss(net, latents, caption, sigma, noise, ids_keep=None, *, reduce=True)
     out = net(c_in * x, c_noise.flatten(), caption, **masked).float()
     # (D - latents) / c_out = F - target, and the weight is 1 / c_out^2: so the loss is a plain squared error of F
     target = (latents.float() - c_skip * x) / c_out
-    if ids_keep is not None:
+    if out.ndim == 3:  # the kept patches alone
         target = gather_tokens(patchify(target, math.isqrt(out.shape[-1] // latents.shape[1])), ids_keep)
     loss = (out - target).square().flatten(1).mean(1)
     while hasattr(net, "module"):  # of DDP

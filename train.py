@@ -27,6 +27,7 @@ micro_batch_size = 256        # pictures per forward pass of one process (>= 1)
 max_steps = 250_000           # steps in all (>= 1)
 unmasked_steps = 0            # number of final steps without masking (>= 0)
 mask_ratio = 0.75             # fraction of the patches dropped after the mixer (>= 0, < 1)
+mask = "random"               # which ones: any, or as many of each 2 x 2 patches (random | grouped)
 learning_rate = 2.4e-4        # at its peak (> 0)
 warmup_steps = 2500           # steps of linear warmup from 0 (>= 0)
 schedule = "cosine"           # after the warmup (cosine | constant)
@@ -132,7 +133,7 @@ def make_step(state, net, stream, micros, masked, losses):
     """
     for m in range(micros):
         latents, captions, sigma, noise, uniforms = next(stream)
-        ids_keep = kept_patches(uniforms, mask_ratio) if masked else None  # (B,K)
+        ids_keep = kept_patches(uniforms, mask_ratio, mask) if masked else None  # (B,K)
         with accumulating(net, last=m == micros - 1):
             with autocast(latents.device):
                 loss = edm_loss(net, latents, captions, sigma, noise, ids_keep, reduce=False)  # (B,)
@@ -237,7 +238,7 @@ def network_config(info):
     given = {f.name: settings[f.name] for f in fields(MicroDiTConfig) if f.name in settings}
     config = MicroDiTConfig(**given, latent_channels=info["vae"]["latent_channels"],
                             caption_dim=info["text_encoder"]["dim"])
-    kept = kept_patches(torch.zeros(1, config.tokens), mask_ratio).shape[1]
+    kept = kept_patches(torch.zeros(1, config.tokens), mask_ratio, mask).shape[1]
     for tokens in (config.tokens, kept) if config.num_experts else ():
         expert_tokens(config.expert_capacity, tokens, config.num_experts)
     return config

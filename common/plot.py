@@ -34,33 +34,35 @@ def plot(path, lines, x_label, y_label, **options):
     line_plot(lines, x_label, y_label, **options).save(path)
 
 
-def line_plot(lines, x_label, y_label, *, title="", log=False, labels=None):
-    """Draw {name: [(x, y), or (x, y, lowest, highest) for a band]}; log: y logarithmic; labels {name: a text a point}.
+def line_plot(lines, x_label, y_label, *, title="", log="", labels=None):
+    """Draw {name: [(x, y), or (x, y, lowest, highest) for a band]}; labels {name: a text a point}.
 
-    Return a PIL image. ValueError if a line has no point, or one that is not finite (or with log not above 0).
+    log: "x", "y" or "xy", the axes that are logarithmic. Return a PIL image. ValueError if a line has no point, or one
+    that is not finite (or on a logarithmic axis not above 0).
     """
     xs = [p[0] for points in lines.values() for p in points]
     ys = [v for points in lines.values() for p in points for v in p[1:]]
-    if not ys or not all(lines.values()) or not all(map(math.isfinite, xs + ys)) or log and min(ys) <= 0:
+    logarithmic = ys * ("y" in log) + xs * ("x" in log)
+    if not ys or not all(lines.values()) or not all(map(math.isfinite, xs + ys)) or min(logarithmic, default=1) <= 0:
         raise ValueError(f"no plot of {', '.join(lines)}: a line is empty, or a number has no place on the axis")
-    (x_low, x_high, fx), (y_low, y_high, fy) = axis(xs, False), axis(ys, log)
+    (x_low, x_high, fx), (y_low, y_high, fy) = axis(xs, "x" in log), axis(ys, "y" in log)
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
 
     def xy(x, y):
         return LEFT + fx(x) * (right - LEFT), bottom - fy(y) * (bottom - TOP)
     image = Image.new("RGB", (WIDTH, HEIGHT), "white")
     draw, font = ImageDraw.Draw(image, "RGBA"), ImageFont.load_default(13)
-    for value in ticks(y_low, y_high, log):
+    for value in ticks(y_low, y_high, "y" in log):
         y = xy(x_low, value)[1]
         draw.line((LEFT, y, right, y), "#e2e2e2")
         draw.text((LEFT - 8, y), f"{value:g}"[:7], "black", font, anchor="rm")
-    for value in ticks(x_low, x_high, False):
+    for value in ticks(x_low, x_high, "x" in log):
         x = xy(value, y_low)[0]
         draw.line((x, bottom, x, bottom + 4), "black")
         draw.text((x, bottom + 8), f"{value:g}"[:7], "black", font, anchor="mt")
     draw.line((LEFT, TOP, LEFT, bottom, right, bottom), "black")
     draw.text(((LEFT + right) / 2, HEIGHT - 8), x_label, "black", font, anchor="ms")
-    draw.text((8, 8), y_label + (" (logarithmic)" if log else ""), "black", font)
+    draw.text((8, 8), y_label + (" (logarithmic)" if "y" in log else ""), "black", font)
     draw.text((right, 8), title, "black", font, anchor="ra")
     for n, (name, points) in enumerate(lines.items()):
         color = COLORS[n % len(COLORS)]

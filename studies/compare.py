@@ -69,7 +69,7 @@ def main():
             raise ValueError(f"{name}: no validation loss at a step that all of them reached")
         last = lines[name][-1][0]
         rows.append([name, ", ".join(map(str, group)), f"{last:,}", mean_and_spread([log[last] for log in logs])])
-    plot(out, lines, "step", "validation loss", log=True)
+    plot(out, lines, "step", "validation loss", log="y")
     print(f"{markdown(rows)}\n\n{out}")
 
 

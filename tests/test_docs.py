@@ -25,7 +25,7 @@ COMMANDS = {  # which test runs the commands of the pages that have such parts (
     "days of eight GPUs; tests/test_chain.py scales it down": ("phase", "done", "train.py config/xl2_"),
     "minutes or hours; tests/test_train.py trains less": ("runs/gelu", "runs/relu2", "train.py config/small.py"),
     "minutes; tests/test_bench.py scales it down": ("bench.py",),
-    "up to an hour; tests/test_studies.py scales it down": ("studies.ablate",),
+    "up to an hour; tests/test_studies.py scales it down": ("studies.ablate", "runs/masking_vae"),
     "minutes of models of the published sizes": ("prepare_speed",), "half an hour": ("tests/test_kills.py",),
     "a part of the suite, and what Slurm's lines need": ("tests/test_gpu.py", "export TORCH_")}
 PARTS = [part for parts in COMMANDS.values() for part in parts]

@@ -7,7 +7,7 @@ from PIL import Image, ImageColor
 from common import plot
 
 
-@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("log", ["", "y"])
 def test_lines_go_where_their_points_are(tmp_path, log):
     up, down = [(0, 1.0), (5, 2.0), (10, 4.0)], [(0, 4.0, 3.5, 4.5), (10, 1.0, 0.9, 1.2)]
     plot.plot(tmp_path / "a.png", {"up": up, "down": down}, "x", "y", title="t", log=log)
@@ -22,14 +22,22 @@ def test_lines_go_where_their_points_are(tmp_path, log):
     assert (middle - right) / (left - right) == pytest.approx(0.5 if log else 2 / 3, abs=0.05)
 
 
+def test_a_logarithmic_x_axis():
+    image = np.asarray(plot.line_plot({"a": [(1, 0.0), (10, 1.0), (100, 0.0)]}, "x", "y", log="x")).astype(int)
+    ys, xs = np.nonzero(np.abs(image - ImageColor.getrgb(plot.COLORS[0])).sum(-1) < 12)
+    inside = (xs > plot.LEFT) & (ys > plot.TOP + 17) & (xs < plot.WIDTH - plot.RIGHT - 20)
+    xs, ys = xs[inside], ys[inside]
+    assert xs[ys == ys.min()].mean() == pytest.approx((xs.min() + xs.max()) / 2, abs=12)  # 10 is halfway
+
+
 def test_ticks_are_round_and_inside():
     for low, high, log in ((0.09, 0.55, True), (0, 10, False), (12.3, 28.9, False), (1, 5000, True), (0.1, 0.11, True)):
         numbers = plot.ticks(low, high, log)
         assert 3 <= len(numbers) <= 15 and all(low <= n <= high and len(f"{n:.4g}") <= 6 for n in numbers)
 
 
-@pytest.mark.parametrize("lines, log", [({}, False), ({"a": [(0, float("nan"))]}, False), ({"a": [(0, 0.0)]}, True),
-                                        ({"a": [(0, 1.0)], "b": []}, False)])  # fmt: skip
+@pytest.mark.parametrize("lines, log", [({}, ""), ({"a": [(0, float("nan"))]}, ""), ({"a": [(0, 0.0)]}, "y"),
+                                        ({"a": [(0, 1.0)]}, "x"), ({"a": [(0, 1.0)], "b": []}, "")])  # fmt: skip
 def test_what_has_no_place_is_refused(lines, log):
     with pytest.raises(ValueError, match="a line is empty, or a number has no place"):
         plot.line_plot(lines, "x", "y", log=log)

@@ -88,8 +88,8 @@ def fast_bfloat16(device):
 
 
 def is_block_matrix(name, parameter):
-    """Return whether a parameter of MicroDiT is a matrix of its blocks."""
-    return (parameter.ndim >= 2 and "modulation" not in name and "router" not in name
+    """Return whether a parameter of MicroDiT is a matrix of its blocks. Depthwise convolutions are none."""
+    return (parameter.ndim in (2, 3) and "modulation" not in name and "router" not in name
             and name.startswith(("mixer.", "blocks.", "caption_block.")))
 
 

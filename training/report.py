@@ -174,7 +174,7 @@ def draw_progress(folder):
     lines = {name: points for name, points in lines.items() if points}
     if not lines:
         return
-    parts = [line_plot(lines, "step", "loss", title=folder.name, log=True)]
+    parts = [line_plot(lines, "step", "loss", title=folder.name, log="y")]
     if grids := sorted((folder / "samples").glob("step_*.png")):
         with Image.open(grids[-1]) as grid:
             parts.append(grid.convert("RGB"))
