@@ -4,10 +4,8 @@ import math
 import statistics
 from pathlib import Path
 
-from PIL import Image
-
 from common.files import write_json
-from common.images import picture_grid, save_picture
+from common.images import open_image, picture_grid, save_picture
 from common.plot import plot
 from studies.compare import markdown, mean_and_spread
 
@@ -129,7 +127,7 @@ def pictures(folder, results, columns=8):
         scores = sorted(Path(folder, f"{arm}-{width}").glob(f"seed*-tail-{budget}/step_*.scores/*/guidance_*"))
         files = sorted(scores[0].glob("*.png"))[:columns] if scores else []
         if len(files) == columns:
-            shown += [Image.open(file).convert("RGB") for file in files]
+            shown += [open_image(file).convert("RGB") for file in files]
             names += [arm, *[""] * (columns - 1)]
     if shown:
         save_picture(Path(folder, "pictures.png"), picture_grid(shown, columns, names, cell=96))
