@@ -18,7 +18,8 @@ from configurator import ROOT, check, configure, parse_command_line, read_defaul
 
 config = "config/masking.py"  # what all arms share
 arms = ("unmasked", "naive", "deferred", "improved", "fused")  # default arms, where no --arm is given
-widths = (64,)                # of the backbone; mixer_dim goes with it, the learning rate against it (>= 1)
+widths = (0,)                 # of the backbone, 0: the config's; mixer_dim goes with it, the learning rate against it
+                              # (>= 0)
 vary = ()                     # key=a,b,c ...: every arm with every combination of these settings
 base = "deferred"             # arm in whose FLOPs the others are valued
 seeds = (0, 1, 2)             # of each arm (>= 0)
@@ -61,7 +62,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from common.files import read_jsonl, write_json
 from common.flops import forward_flops, network_of, on_meta, parameters
 from studies.tables import write_report
-from training.checkpoint import code_hash
+from training.checkpoint import code_hash, steps_of
 from training.dataset import min_side, read_info
 from training.optimizer import Muon, is_block_matrix
 
@@ -69,7 +70,8 @@ ARMS = {"unmasked": "mask_ratio=0 batch_size=4 learning_rate=8e-4",  # each arm'
         "naive": "mixer_depth=0 depth=6 learning_rate=1.5e-3", "deferred": "",
         "improved": "mask=grouped mixer_conv=true learning_rate=8e-4",
         "fused": "mask=grouped mixer_conv=true fused_blocks=0 learning_rate=8e-4",
-        # its parts, one by one
+        # the other's rate for each of the two, and the parts one by one
+        "deferred_fast": "learning_rate=8e-4", "improved_slow": "mask=grouped mixer_conv=true",
         "grouped": "mask=grouped", "skip": "mixer_skip=true", "conv": "mixer_conv=true", "fused_only": "fused_blocks=0",
         "muon": "optimizer=muon weight_decay=0.5 batch_size=16 micro_batch_size=16 learning_rate=4e-3",
         "p_mean_0": "p_mean=0 p_std=1"}
@@ -89,7 +91,8 @@ def choose_arms(given):
                for key, equals, values in (word.partition("=") for word in vary)]
     varied = [[",".join((words[0], *more)), *words[1:], *more]
               for words in given for more in itertools.product(*choices)]
-    return [read_arm(width, *words) for words in varied for width in widths]
+    own_width = script_settings("train.py", config)["dim"]
+    return [read_arm(width or own_width, *words) for words in varied for width in widths]
 
 
 def read_arm(width, name, *words):
@@ -99,12 +102,14 @@ def read_arm(width, name, *words):
     """
     defaults, info = script_settings("train.py", config), read_info(min_side(data[0])[0])
     known = {k: v for k, v in defaults.items()
-             if k not in {*OWN, "data", "val_data", "seed", "out", "overwrite", "max_steps", "check", "go_back"}}
+             if k not in {*OWN, "data", "val_data", "seed", "out", "overwrite", "max_steps", "check", "go_back", "dim"}}
     arguments = []
     for key, equals, value in (word.partition("=") for word in words):
         several = isinstance(known.get(key), tuple)
         arguments += [f"--{key}", *value.split(",")] if several else [f"--{key}{equals}{value}"]
     try:
+        if any(word.startswith("dim=") for word in words):
+            raise ValueError("dim is no setting of an arm: --widths has the widths of all")
         _, changes = parse_command_line(arguments, known)
         settings = defaults | changes
         for key, value in changes.items():
@@ -210,6 +215,9 @@ def train(arm, folder, step, **changes):
     """Train a run up to a step, or on from where it is, and return its checkpoint there."""
     path = folder / f"step_{step:08d}.safetensors"
     if not path.exists():
+        if any(there > path for there in steps_of(folder)):
+            raise ValueError(f"{folder} has gone past step {step:,}: a smaller budget cannot be added to larger ones. "
+                             "Give another --out")
         own = OWN | {"data": data, "val_data": val_data, "max_steps": step, "out": folder}
         call(["train.py", config], arm.changes | own | changes)
     return path
@@ -228,8 +236,11 @@ def attribute_scores(path):
 
 def run(arm, seed):
     """Train and measure an arm with a seed up to every budget, and keep the result."""
-    folder, points = Path(out, label(arm), f"seed{seed}"), {}
+    folder = Path(out, label(arm), f"seed{seed}")
+    points = points_made(folder)
     for budget, (steps, tail_steps) in arm.plan.items():
+        if f"{budget:g}" in points:
+            continue
         path, branch = train(arm, folder, steps, seed=seed), folder.with_name(f"seed{seed}-tail-{budget:g}")
         # another seed, or it would meet the pictures of the first steps again in their order; its average starts anew
         # and is shorter, as the tail is short
@@ -241,6 +252,7 @@ def run(arm, seed):
             "steps": [steps, tail_steps], "tflop": (steps * arm.step_flops + tail_steps * arm.unmasked_flops) / 1e12,
             "before": before["val_loss"], "val_loss": after["val_loss"], "by_sigma": after["val_loss_by_sigma"],
             "scores": attribute_scores(last) if budget == max(budgets) else {}}
+    steps = max(point["steps"][0] for point in points.values())
     curve = [[e["step"] * arm.step_flops / 1e12, e["val_loss"]] for e in validations(folder, steps)]
     write_json(folder.with_suffix(".json"),
                {"arm": arm.name, "width": arm.width, "seed": seed, "parameters": arm.parameters,
@@ -256,7 +268,9 @@ def validations(folder, steps):
 
 def run_all(chosen):
     """Make the runs that are missing, slots() of them side by side."""
-    missing = [(arm, seed) for seed in seeds for arm in chosen if not is_made(arm, seed)]
+    wanted = {f"{budget:g}" for budget in budgets}
+    missing = [(arm, seed) for seed in seeds for arm in chosen
+               if not wanted <= points_made(Path(out, label(arm), f"seed{seed}")).keys()]
     print(f"{len(seeds) * len(chosen)} runs, {len(missing)} to make, {slots()} side by side, into {out}/", flush=True)
     with ThreadPoolExecutor(slots()) as pool:
         try:
@@ -266,11 +280,10 @@ def run_all(chosen):
             pool.shutdown(cancel_futures=True)
 
 
-def is_made(arm, seed):
-    """Return whether a run has been made up to all budgets."""
-    path = Path(out, label(arm), f"seed{seed}.json")
-    points = json.loads(path.read_text(encoding="utf-8"))["points"] if path.exists() else {}
-    return {f"{budget:g}" for budget in budgets} <= points.keys()
+def points_made(folder):
+    """Return what is known of a run at the budgets that it has been made for."""
+    path = folder.with_suffix(".json")
+    return json.loads(path.read_text(encoding="utf-8"))["points"] if path.exists() else {}
 
 
 def describe_set():

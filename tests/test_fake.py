@@ -3,6 +3,7 @@ nothing is read back from it."""
 
 import contextlib
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -51,11 +52,11 @@ def steps(monkeypatch):
             monkeypatch.setattr(module, supported, lambda: ["cuda", "meta"])
     monkeypatch.setattr(train, "autocast", lambda device: contextlib.nullcontext())  # meta has none
 
-    def steps(optimizer, edit=lambda state: None):
-        for name, value in {"optimizer": optimizer, "ema_decay": 0.9, "mask_ratio": 0.75}.items():
+    def steps(optimizer, edit=lambda state: None, config=CONFIG, mask="random"):
+        for name, value in {"optimizer": optimizer, "ema_decay": 0.9, "mask_ratio": 0.75, "mask": mask}.items():
             monkeypatch.setattr(train, name, value)
         processes = Processes(0, 1, META)
-        state = train.new_state(CONFIG, {}, META)
+        state = train.new_state(config, {}, META)
         edit(state)
         losses = Losses(-0.6, 1.2, processes)
         with Stays("meta"):
@@ -78,6 +79,10 @@ def test_a_training_step_stays_on_its_device(steps, optimizer, checkpointing):
     state = steps(optimizer, edit)
     kept = [*state.optimizer.tensors().values(), *state.average.net.parameters(), state.optimizer.skipped]
     assert len(kept) > 40 and all(t.device == META for t in kept)
+
+
+def test_so_does_one_of_what_is_not_the_papers(steps):
+    steps("adamw", config=replace(CONFIG, mixer_skip=True, mixer_conv=True, fused_blocks=1), mask="grouped")
 
 
 def made_on_the_cpu(x):

@@ -44,6 +44,9 @@ def test_arms_cost_what_they_should(study, monkeypatch):
     small, base = arms["deferred", 32].settings, arms["deferred", 64].settings
     assert (small["dim"], small["mixer_dim"], base["dim"], base["mixer_dim"]) == (32, 24, 64, 48)
     assert small["learning_rate"] == 2 * base["learning_rate"]
+    monkeypatch.setattr(study, "widths", (0,))
+    assert {arm.width for arm in study.choose_arms([])} == {32}  # the config's
+    monkeypatch.setattr(study, "widths", (32, 64))
     given = [["a", "depth=3"], ["b"]]
     monkeypatch.setattr(study, "vary", ("learning_rate=1e-3,2e-3", "mask=random,grouped"))
     varied = study.choose_arms(given)
@@ -92,15 +95,22 @@ def test_a_small_study_and_its_restart(study, tmp_path, monkeypatch):
     text = (out / "table.md").read_text()
     assert re.match(r".*: \d+ pictures of \d+ px, autoencoder pixels\n", text)
     assert "With 0.004 training TFLOP" in text and "| color, % | size, % |" in text and "| 100 | 25 | 0 | 50 |" in text
-    assert [len(json.loads((out / "results.json").read_text()))] == [2]
-    assert all(Image.open(out / f"{name}.png").size[0] > 500 for name in ("losses", "worth", "pictures"))
+    assert len(json.loads((out / "results.json").read_text())) == 2
+    plots = {path.stem: Image.open(path) for path in out.glob("*.png")}
+    assert plots.keys() == {"losses", "pictures", "sizes_0.004", "sizes_0.008", "worth"}
+    assert all(plot.size[0] > 500 for plot in plots.values())
     assert sorted(calls) == sorted(["train.py"] * 8 + ["eval_fid.py"] * 2)  # a trunk to two steps, each with a tail
     (out / "base-32/seed3.json").unlink()  # as if it had been stopped before the last file
     study.main(given)
     assert len(calls) == 10 and (out / "table.md").read_text() == text
-    monkeypatch.setattr(study, "budgets", (0.004, 0.008, 0.012))  # a larger one is added to what is there
+    monkeypatch.setattr(study, "budgets", (0.012,))  # a larger one is added to what is there
     study.main(given[:1])
     assert calls[10:] == ["train.py", "train.py", "eval_fid.py"] and "With 0.012" in (out / "table.md").read_text()
+    more = json.loads((out / "base-32/seed3.json").read_text())
+    assert list(more["points"]) == ["0.004", "0.008", "0.012"] and more["points"]["0.008"] == p
+    monkeypatch.setattr(study, "budgets", (0.006,))
+    with pytest.raises(ValueError, match="a smaller budget cannot be added to larger ones"):
+        study.main(given[:1])
     with pytest.raises(ValueError, match="made with another arm base-32: give another --out"):
         study.main([["base", "depth=3"]])
     monkeypatch.setattr(study, "code_hash", lambda: "edited")
@@ -139,6 +149,9 @@ def test_arms_are_compared_at_their_best_width():
     assert "| base | 32 | 0.03 M | 1 | 9 + 1 | 0.4000 | 0.3000 |  |" in text and "| good | **64** |" in text
     assert "| good | 32 | 0.03 M | 2 | 9 + 1 | 0.2000 ± 0.0283 | 0.1000 ± 0.0283 | " in text
     assert tables.multipliers(fair, "base", "base")["10"] == [pytest.approx(1)]
+    spread = [result("base", 32, seed, _1=loss, _10=0.1) for seed, loss in enumerate((0.4, 0.2))]
+    against_both = tables.multipliers([*spread, result("good", 32, 0, _1=0.2, _10=0.1)], "good", "base")["1"]
+    assert sorted(against_both) == [pytest.approx(1), pytest.approx(1), *[pytest.approx(10 ** 0.5)] * 2]
 
 
 @pytest.mark.parametrize("given, changed, words", [
@@ -151,6 +164,7 @@ def test_arms_are_compared_at_their_best_width():
     ([["a", "learning_rate=-1"]], {}, "arm a: learning_rate is -1.0: it must be above 0"),
     ([["a", "head_dim=7"]], {}, "head_dim"),
     ([], {"arms": ("deffered",)}, "no arm deffered: there are unmasked"), ([], {"data": ("nowhere",)}, "nowhere"),
+    ([["a", "dim=96"]], {}, "dim is no setting of an arm: --widths"),
     ([], {"seeds": ()}, "at least one of each"), ([], {"config": "config/none.py"}, "no config file"),
     ([], {"arms": ()}, "there must be some"), ([], {"forward_flops": lambda *_: None}, "FLOPs are not known")])
 def test_what_cannot_be_is_refused(study, monkeypatch, given, changed, words):
@@ -167,7 +181,8 @@ def test_the_command_line():
     for name in ("ablate", "compare", "prepare_speed"):
         assert f"python -m studies.{name}" in launch(f"studies/{name}.py", "--help")
         assert "nearest is" in launch(f"studies/{name}.py", "--sedes=3", fails=True)
-    assert "nowhere" in launch("studies/ablate.py", "--arm", "a", "depth=9", "--data=nowhere", fails=True)
+    assert "nowhere" in launch("studies/ablate.py", "--arm", "a", "depth=9", "--widths", 32, 64, "--budgets", 1, 3,
+                               "--vary", "learning_rate=1e-3,2e-3", "--data=nowhere", fails=True)
 
 
 @pytest.mark.parametrize("visible, gpu", [("5,7", "7"), ("", "1")])
