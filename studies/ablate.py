@@ -26,7 +26,7 @@ seeds = (0, 1, 2)             # of each arm (>= 0)
 data = ("data/masking",)      # prepared folders
 val_data = ()                 # prepared folders to validate on; empty: the last 1 % of each of `data`
 out = "runs/masking"          # folder of the runs, of the tables of all of them, and of the plots
-budgets = (1.0, 3.0)          # training TFLOP at which arms are compared (> 0)
+budgets = (1.0, 3.0, 10.0)    # training TFLOP at which arms are compared (> 0)
 tail = 0.1                    # of the FLOPs, at the end of each budget: unmasked, with a falling rate (> 0, < 1)
 count = 64                    # prompts of the attribute scores, if `data` is the drawn set; 0: no scores (>= 0)
 parallel = 0                  # runs side by side; 0: one for each GPU, or for each core (>= 0)
@@ -70,8 +70,9 @@ ARMS = {"unmasked": "mask_ratio=0 batch_size=4 learning_rate=8e-4",  # each arm'
         "naive": "mixer_depth=0 depth=6 learning_rate=1.5e-3", "deferred": "",
         "improved": "mask=grouped mixer_conv=true learning_rate=8e-4",
         "fused": "mask=grouped mixer_conv=true fused_blocks=0 learning_rate=8e-4",
-        # the other's rate for each of the two, and the parts one by one
-        "deferred_fast": "learning_rate=8e-4", "improved_slow": "mask=grouped mixer_conv=true",
+        # at another rate, and the parts one by one
+        "naive_slow": "mixer_depth=0 depth=6 learning_rate=8e-4", "deferred_fast": "learning_rate=8e-4",
+        "improved_slow": "mask=grouped mixer_conv=true", "conv_fast": "mixer_conv=true learning_rate=8e-4",
         "grouped": "mask=grouped", "skip": "mixer_skip=true", "conv": "mixer_conv=true", "fused_only": "fused_blocks=0",
         "muon": "optimizer=muon weight_decay=0.5 batch_size=16 micro_batch_size=16 learning_rate=4e-3",
         "p_mean_0": "p_mean=0 p_std=1"}

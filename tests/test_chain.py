@@ -32,7 +32,7 @@ def phase(tmp_path_factory):
     def run(name, runs, *args, short_side=512, **kw):
         large = "512" in name
         sets = ("--data", data / "a", f"{data / 'b'}@{short_side}" if large else data / "b", "--val_data", data / "val")
-        start = [f"--init_from={runs / PHASES[PHASES.index(name) - 1]}"] if name != PHASES[0] else []
+        start = [f"--init_from={runs / PHASES[PHASES.index(name) - 1]}"] if name in PHASES[1:] else []
         return launch("train.py", f"config/{name}.py", *sets, *SMALL, f"--latent_size={16 if large else 8}",
                       f"--out={runs / name}", *start, *args, **kw)
 
@@ -86,3 +86,12 @@ def test_the_readme_runs_the_phases_in_order():
     text = (ROOT / "README.md").read_text().split("## The budget run")[1]
     places = [text.index(f" {name}") for name in PHASES]
     assert places == sorted(places)
+
+
+def test_a_first_phase_with_a_convolution_in_the_mixer(phase, tmp_path):
+    phase("xl2_256_conv", tmp_path)
+    start, conv = f"--init_from={tmp_path / 'xl2_256_conv'}", "--mixer_conv=true"
+    phase("xl2_256_unmasked", tmp_path, start, conv)
+    assert any("neighbours" in name for name in last(tmp_path / "xl2_256_unmasked"))
+    message = phase("xl2_256_unmasked", tmp_path, start, "--overwrite", fails=True)
+    assert "do not fit this network (mixer_conv: True there, False now)" in message

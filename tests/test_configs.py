@@ -67,6 +67,13 @@ def test_phases_of_the_paper(config):
 
 
 @pytest.mark.paper
+def test_the_phase_that_is_not_the_papers():
+    (s, net), (papers, papers_net) = read("xl2_256_conv"), read("xl2_256")
+    assert {name for name in s if s[name] != papers[name]} == {"mask", "mixer_conv"}
+    assert forward_flops(net, 0.75) == pytest.approx(forward_flops(papers_net, 0.75), rel=1e-3)
+
+
+@pytest.mark.paper
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_header_names_its_size_and_command(config):
     text, net = (ROOT / "config" / f"{config}.py").read_text(), read(config)[1]
