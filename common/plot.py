@@ -3,7 +3,8 @@ import math
 
 from PIL import Image, ImageDraw, ImageFont
 
-COLORS = ("#1f4ed8", "#d8401f", "#1f9d55", "#7a1fd8", "#c98a00", "#108fa3", "#d81f8c", "#555555")
+COLORS = ("#1f4ed8", "#d8401f", "#1f9d55", "#7a1fd8", "#c98a00", "#108fa3", "#d81f8c", "#555555",
+          "#111111", "#b5a300")
 WIDTH, HEIGHT = 760, 440
 LEFT, RIGHT, TOP, BOTTOM = 74, 24, 40, 52  # margins of the axes
 
@@ -46,7 +47,8 @@ def line_plot(lines, x_label, y_label, *, title="", log="", labels=None):
     if not ys or not all(lines.values()) or not all(map(math.isfinite, xs + ys)) or min(logarithmic, default=1) <= 0:
         raise ValueError(f"no plot of {', '.join(lines)}: a line is empty, or a number has no place on the axis")
     (x_low, x_high, fx), (y_low, y_high, fy) = axis(xs, "x" in log), axis(ys, "y" in log)
-    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+    beside = len(lines) > 6  # so many names would hide the lines
+    right, bottom = WIDTH - (120 if beside else RIGHT), HEIGHT - BOTTOM
 
     def xy(x, y):
         return LEFT + fx(x) * (right - LEFT), bottom - fy(y) * (bottom - TOP)
@@ -74,5 +76,5 @@ def line_plot(lines, x_label, y_label, *, title="", log="", labels=None):
             draw.ellipse((x - 4, y - 4, x + 4, y + 4), color)
             if labels:
                 draw.text((x + 7, y - 7), labels[name][i], color, font, anchor="ls")
-        draw.text((right - 8, TOP + 4 + 17 * n), name, color, font, anchor="ra")
+        draw.text((right + (8 if beside else -8), TOP + 4 + 17 * n), name, color, font, anchor="la" if beside else "ra")
     return image

@@ -73,27 +73,29 @@ def multipliers(results, arm, base):
 
 def table(results, budget, base):
     """Format a row for each arm and width, with mean ± standard deviation over its seeds."""
-    arms = at_budget(results, budget)
-    scored = [name for name in SCORED if any(name in scores(r, budget) for group in arms.values()
-                                             for made in group.values() for r in made)]
     rows = [["arm", "width", "parameters", "seeds", "steps", "loss before the tail", "loss",
-             f"FLOPs of {base} / its own", *(f"{n}, %" for n in scored)]]
-    for arm, by_width in arms.items():
+             f"FLOPs of {base} / its own"]]
+    for arm, by_width in at_budget(results, budget).items():
         gains = multipliers(results, arm, base).get(budget)
         for width, group in sorted(by_width.items()):
             best = width == best_width(by_width, budget)
-            percents = ([100 * right / of for r in group if name in scores(r, budget)
-                         for right, of in [scores(r, budget)[name]]] for name in scored)
             rows.append([arm, f"**{width}**" if best else str(width), f"{group[0]['parameters'] / 1e6:.2f} M",
                          str(len(group)), "{:,} + {:,}".format(*group[0]["points"][budget]["steps"]),
                          mean_and_spread(losses(group, budget, "before")), mean_and_spread(losses(group, budget)),
-                         mean_and_spread(gains, "{:.2f}") if best and gains else "",
-                         *(mean_and_spread(values, "{:.0f}") for values in percents)])
+                         mean_and_spread(gains, "{:.2f}") if best and gains else ""])
     return markdown(rows)
 
 
-def scores(result, budget):
-    return result["points"][budget]["scores"]
+def attributes(results):
+    """Format what is right of the pictures, in percent, of every arm and width that has been scored."""
+    rows = [["arm", "width", "TFLOP", *(f"{name}, %" for name in SCORED)]]
+    for budget in budgets_of(results):
+        for arm, by_width in at_budget(results, budget).items():
+            for width, group in sorted(by_width.items()):
+                scores = [r["points"][budget]["scores"] for r in group if r["points"][budget]["scores"]]
+                percents = ([100 * at[name][0] / at[name][1] for at in scores if name in at] for name in SCORED)
+                rows += [[arm, str(width), budget, *(mean_and_spread(p, "{:.0f}") for p in percents)]] * bool(scores)
+    return markdown(rows)
 
 
 def levels(results):
@@ -144,7 +146,10 @@ def pictures(folder, results, columns=8):
 def write_report(folder, about, results, base):
     """Write results.json, table.md, plots and pictures into a study's folder, and return the tables."""
     tables = [f"With {budget} training TFLOP:\n\n{table(results, budget, base)}" for budget in budgets_of(results)]
-    text = "\n\n".join((about, *tables, f"By noise level, at the largest budget:\n\n{levels(results)}"))
+    tables.append(f"By noise level, at the largest budget:\n\n{levels(results)}")
+    if any(point["scores"] for result in results for point in result["points"].values()):
+        tables.append(f"What is right of the pictures:\n\n{attributes(results)}")
+    text = "\n\n".join((about, *tables))
     (folder / "table.md").write_text(text + "\n", encoding="utf-8")
     write_json(folder / "results.json", json.loads(json.dumps(results), parse_float=lambda x: float(f"{float(x):.5g}")))
     draw(folder, results, base)

@@ -94,7 +94,8 @@ def test_a_small_study_and_its_restart(study, tmp_path, monkeypatch):
     assert p["scores"] and not result["points"]["0.004"]["scores"] and result["curve"][-1][1] == p["before"]
     text = (out / "table.md").read_text()
     assert re.match(r".*: \d+ pictures of \d+ px, autoencoder pixels\n", text)
-    assert "With 0.004 training TFLOP" in text and "| color, % | size, % |" in text and "| 100 | 25 | 0 | 50 |" in text
+    assert "With 0.004 training TFLOP" in text and "By noise level" in text
+    assert "| color, % | size, % |" in text and "| 0.008 | 100 | 25 | 0 | 50 |  |" in text
     assert len(json.loads((out / "results.json").read_text())) == 2
     plots = {path.stem: Image.open(path) for path in out.glob("*.png")}
     assert plots.keys() == {"losses", "pictures", "sizes_0.004", "sizes_0.008", "worth"}
