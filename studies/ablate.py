@@ -72,7 +72,7 @@ ARMS = {"unmasked": "mask_ratio=0 batch_size=4 learning_rate=8e-4",  # each arm'
         "fused": "mask=grouped mixer_conv=true fused_blocks=0 learning_rate=8e-4",
         # at another rate, and the parts one by one
         "naive_slow": "mixer_depth=0 depth=6 learning_rate=8e-4", "deferred_fast": "learning_rate=8e-4",
-        "improved_slow": "mask=grouped mixer_conv=true", "conv_fast": "mixer_conv=true learning_rate=8e-4",
+        "improved_slow": "mask=grouped mixer_conv=true",
         "unmasked_conv": "mask_ratio=0 batch_size=4 learning_rate=8e-4 mixer_conv=true",
         "grouped": "mask=grouped", "skip": "mixer_skip=true", "conv": "mixer_conv=true", "fused_only": "fused_blocks=0",
         "muon": "optimizer=muon weight_decay=0.5 batch_size=16 micro_batch_size=16 learning_rate=4e-3",

@@ -94,7 +94,8 @@ def attributes(results):
             for width, group in sorted(by_width.items()):
                 scores = [r["points"][budget]["scores"] for r in group if r["points"][budget]["scores"]]
                 percents = ([100 * at[name][0] / at[name][1] for at in scores if name in at] for name in SCORED)
-                rows += [[arm, str(width), budget, *(mean_and_spread(p, "{:.0f}") for p in percents)]] * bool(scores)
+                if scores:
+                    rows.append([arm, str(width), budget, *(mean_and_spread(p, "{:.0f}") for p in percents)])
     return markdown(rows)
 
 

@@ -30,6 +30,18 @@ def test_a_logarithmic_x_axis():
     assert xs[ys == ys.min()].mean() == pytest.approx((xs.min() + xs.max()) / 2, abs=12)  # 10 is halfway
 
 
+def test_many_names_stand_beside_the_lines():
+    def of_the_last(n):
+        """Columns that have the color of the last of n falling lines"""
+        lines = {f"line {i}": [(0, 1.0 + i), (1, 0.5 * i)] for i in range(n)}
+        image = np.asarray(plot.line_plot(lines, "x", "y")).astype(int)
+        return np.nonzero((np.abs(image - ImageColor.getrgb(plot.COLORS[n - 1])).sum(-1) < 12).any(0))[0]
+    few, many = of_the_last(6), of_the_last(7)
+    assert max(few) < plot.WIDTH - plot.RIGHT and max(many) > plot.WIDTH - 100
+    gaps = np.nonzero(np.diff(many) > 1)[0]  # the name is apart from the line, and the line ends before it
+    assert many[gaps[0]] < plot.WIDTH - 116 < many[gaps[0] + 1]
+
+
 def test_ticks_are_round_and_inside():
     for low, high, log in ((0.09, 0.55, True), (0, 10, False), (12.3, 28.9, False), (1, 5000, True), (0.1, 0.11, True)):
         numbers = plot.ticks(low, high, log)
