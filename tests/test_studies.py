@@ -104,7 +104,7 @@ def test_a_small_study_and_its_restart(study, tmp_path, monkeypatch):
     (out / "base-32/seed3.json").unlink()  # as if it had been stopped before the last file
     study.main(given)
     assert len(calls) == 10 and (out / "table.md").read_text() == text
-    monkeypatch.setattr(study, "budgets", (0.012,))  # a larger one is added to what is there
+    monkeypatch.setattr(study, "budgets", (0.008, 0.012))  # a larger one is added to what is there
     study.main(given[:1])
     assert calls[10:] == ["train.py", "train.py", "eval_fid.py"] and "With 0.012" in (out / "table.md").read_text()
     more = json.loads((out / "base-32/seed3.json").read_text())
