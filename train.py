@@ -35,6 +35,7 @@ min_learning_rate = 0.33      # where the cosine ends, as a fraction of the peak
 optimizer = "adamw"           # muon: Muon for the blocks' matrices, AdamW for all else (adamw | muon)
 beta1 = 0.9                   # AdamW (>= 0, < 1)
 beta2 = 0.999                 # AdamW (>= 0, < 1)
+momentum = 0.95               # Muon (>= 0, < 1)
 weight_decay = 0.1            # on every parameter (>= 0)
 grad_clip = 0.25              # largest gradient norm; 0: no clipping (>= 0)
 p_mean = -0.6                 # ln sigma ~ N(p_mean, p_std^2)
@@ -249,7 +250,8 @@ def new_state(config, run, device):
     torch.manual_seed(seed)
     net = MicroDiT(config).to(device)
     net.activation_checkpointing = activation_checkpointing
-    optimizers = Optimizer(net, optimizer, learning_rate, betas=(beta1, beta2), weight_decay=weight_decay)
+    optimizers = Optimizer(net, optimizer, learning_rate, betas=(beta1, beta2), momentum=momentum,
+                           weight_decay=weight_decay)
     return State(net, optimizers, Average(ema_decay, ema_start), run)
 
 

@@ -19,7 +19,7 @@ downsample = 8              # how many times smaller the sides of the latents ar
 latent_channels = 4         # numbers at each place of the latents: few, so that they say more than pixels do (>= 1)
 width = 96                  # channels at the coarsest level; finer ones have fewer (>= 1)
 latent_noise = 0.6          # most noise added to latents, of variance 1: the decoder learns to mend errors (>= 0)
-max_steps = 1150            # steps in all (>= 1)
+max_steps = 1300            # steps in all (>= 1)
 batch_size = 16             # pictures per step (>= 2)
 learning_rate = 4e-3        # of Muon for the convolutions, and of AdamW for all else; falls in the second half (> 0)
 seed = 2024                 # of weights, data order, flips and noise (>= 0)
@@ -51,6 +51,7 @@ from training.optimizer import Optimizer
 from training.state import as_json, differences
 
 WARMUP = 40                 # steps
+MOMENTUM = 0.85             # Muon's: of 0.95 the error after 1,150 steps is a sixth larger
 ABSOLUTE_ERROR = 0.2        # weight of the absolute error beside the squared one
 LOG_EVERY = 100             # steps between console lines
 MOST_HELD, SHOWN = 256, 8   # pictures to validate on, every hundredth; of these in reconstructions.png
@@ -162,7 +163,7 @@ def main():
     keep_freed_memory()
     torch.manual_seed(seed)
     model = Trained(about["config"]).to(pick_device(device))
-    optimizer = Optimizer(model, "muon", learning_rate, betas=(0.9, 0.99), weight_decay=0.0,
+    optimizer = Optimizer(model, "muon", learning_rate, betas=(0.9, 0.99), momentum=MOMENTUM, weight_decay=0.0,
                           is_matrix=lambda name, parameter: parameter.ndim == 4)
     if going_on:
         old, tensors = checkpoint.read(state_file, ("",), schema=ABOUT)

@@ -14,6 +14,7 @@ unmasked_steps = 2600
 max_steps = 4200
 dim = 160
 mixer_dim = 160
+momentum = 0.95
 learning_rate = 4e-3
 warmup_steps = 60
 p_mean = 0.2

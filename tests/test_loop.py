@@ -159,12 +159,13 @@ def test_updates_are_about_orthogonal(shape):
     assert (lengths - torch.diag_embed(diagonal)).abs().max() < 0.05  # it may compute in bfloat16
 
 
-def test_muon_steps_as_the_librarys_and_makes_its_state_once(monkeypatch):
+@pytest.mark.parametrize("momentum", [0.95, 0.8])
+def test_muon_steps_as_the_librarys_and_makes_its_state_once(monkeypatch, momentum):
     g, made, real = torch.Generator().manual_seed(0), [], torch.zeros_like
     start = [torch.randn(shape, generator=g) for shape in ((16, 8), (8, 8), (16, 8))]
     ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
-    library = torch.optim.Muon(theirs, 0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
-    optimizer = Muon(ours, 0.02, weight_decay=0.1)
+    library = torch.optim.Muon(theirs, 0.02, weight_decay=0.1, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+    optimizer = Muon(ours, 0.02, weight_decay=0.1, momentum=momentum)
     for _ in range(4):
         for a, b in zip(ours, theirs):
             a.grad = torch.randn(a.shape, generator=g)
@@ -176,6 +177,11 @@ def test_muon_steps_as_the_librarys_and_makes_its_state_once(monkeypatch):
     assert len(made) == 3
     for a, b, s in zip(ours, theirs, start):
         assert (a - b).norm() < 0.02 * (b - s).norm()  # theirs is in bfloat16
+
+
+def test_momentum_is_muons(run):
+    adamw, muon = (part.param_groups[0] for part, _ in run(0, optimizer="muon", momentum=0.5).optimizer.parts)
+    assert muon["momentum"] == 0.5 and adamw["betas"] == (train.beta1, train.beta2)
 
 
 def test_experts_are_matrices_of_their_own():

@@ -97,7 +97,7 @@ class Optimizer:
     """Is AdamW, or with kind "muon" Muon for the parameters that is_matrix(name, parameter) names, AdamW for all else.
     """
 
-    def __init__(self, net, kind, lr, *, betas, weight_decay, is_matrix=is_block_matrix):
+    def __init__(self, net, kind, lr, *, betas, weight_decay, momentum=0.95, is_matrix=is_block_matrix):
         named = dict(net.named_parameters())
         self.device = next(iter(named.values())).device
         matrices = [n for n, p in named.items() if kind == "muon" and is_matrix(n, p)]
@@ -106,7 +106,7 @@ class Optimizer:
                                   fused=self.device.type != "mps")
         self.parts = [(adamw, rest)]  # [(optimizer, names of its parameters)]
         if matrices:
-            self.parts.append((Muon([named[n] for n in matrices], lr, weight_decay), matrices))
+            self.parts.append((Muon([named[n] for n in matrices], lr, weight_decay, momentum), matrices))
         self.skipped, self.skipped_in_a_row = torch.zeros(2, dtype=torch.int64, device=self.device)
 
     def step(self, lr, grad_norm, zero_in_place=False):
