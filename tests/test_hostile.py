@@ -177,7 +177,9 @@ def test_a_config_that_exits_is_an_error(tmp_path):
 
 
 def test_ctrl_c_while_a_script_is_starting(tmp_path):
-    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(5)")
+    (tmp_path / "torch.py").write_text(  # a shell's background jobs ignore SIGINT, and so does what they start
+        "import os, signal, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "os.kill(os.getpid(), signal.SIGINT)\ntime.sleep(5)")
     for script in ("train.py", "sample.py", "prepare_latents.py", "eval_fid.py", "train_vae.py"):
         p = subprocess.run([sys.executable, script], cwd=ROOT, capture_output=True, text=True,
                            env=os.environ | {"PYTHONPATH": str(tmp_path)})
