@@ -3,7 +3,7 @@ The paper's XL/2, 1,165.4 M parameters, phase 4 of 4: 512 px, whole pictures, 5,
 
     torchrun --nproc_per_node=8 train.py config/xl2_512_unmasked.py          # after config/xl2_512.py
 
-3.07e19 FLOPs: 3.1 hours on 8 H100s, $94, counted and not measured.
+3.07e19 FLOPs: 3.5 hours on 8 H100s, $106, from the steps of one.
 """
 from config.xl2_512 import *
 

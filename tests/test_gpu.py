@@ -4,6 +4,7 @@ python -m pytest -n 0 -s tests/test_gpu.py prints the errors.
 """
 
 import copy
+import os
 
 import pytest
 import torch
@@ -16,26 +17,30 @@ SIZE = ({"dim": 512, "depth": 16, "head_dim": 32, "mixer_depth": 4, "mixer_dim":
          "caption_dim": 32, "latent_size": 8})  # fmt: skip
 
 
+PICTURES = 2  # float64 on the CPU takes most of the time
+
+
 def network():
-    """A network whose zero-initialised weights are not zero, in float64, and a batch of 8 pictures"""
+    """A network whose zero-initialised weights are not zero, in float64, and a batch"""
     config = model.MicroDiTConfig(**SIZE)
     torch.manual_seed(0)
     net = model.MicroDiT(config).double()
     for p in net.parameters():
         if not p.any():
             torch.nn.init.normal_(p, std=0.02)
-    latents, noise = torch.randn(2, 8, 4, config.latent_size, config.latent_size, dtype=torch.float64)
-    captions = torch.randn(8, 12, config.caption_dim, dtype=torch.float64)
-    return net, (latents, captions, torch.rand(8, dtype=torch.float64) * 3 + 0.1, noise)
+    latents, noise = torch.randn(2, PICTURES, 4, config.latent_size, config.latent_size, dtype=torch.float64)
+    captions = torch.randn(PICTURES, 12, config.caption_dim, dtype=torch.float64)
+    return net, (latents, captions, torch.rand(PICTURES, dtype=torch.float64) * 3 + 0.1, noise)
 
 
 def results(net, batch, module=None, masked=True):
     """(F, loss, all gradients as one vector) as float64 on the CPU; module: what is called in place of net"""
     latents, captions, sigma, noise = batch
-    ids = model.kept_patches(torch.rand(8, net.config.tokens, generator=torch.Generator().manual_seed(1)), 0.75)
+    ids = model.kept_patches(torch.rand(PICTURES, net.config.tokens, generator=torch.Generator().manual_seed(1)), 0.75)
     c_skip, c_out, c_in, c_noise = model.preconditioning(sigma.view(-1, 1, 1, 1))
     x = latents + sigma.view(-1, 1, 1, 1) * noise
-    out = (module or net)(c_in * x, c_noise.flatten(), captions, ids.to(x.device) if masked else None)
+    module = net if module is None else module
+    out = module(c_in * x, c_noise.flatten(), captions, ids.to(x.device) if masked else None)
     net.zero_grad()
     loss = (out.to(x.dtype) - (latents - c_skip * x) / c_out).square().mean()  # edm_loss, which is in float32
     loss.backward()
@@ -48,6 +53,8 @@ def relative(a, b):
 
 @pytest.fixture(scope="module")
 def exact():
+    if DEVICE.type == "cuda":
+        torch.set_num_threads(os.cpu_count())  # one, says conftest.py
     net, batch = network()
     return net, batch, {masked: results(net, batch, masked=masked) for masked in (True, False)}
 

@@ -12,7 +12,8 @@ from common.files import append_lines, not_worth_a_run, read_jsonl, write_lines
 from common.flops import forward_flops, matmul_rate, peak_flops
 
 BINS = 5  # noise levels are reported in so many bins of equal probability
-GUESSED_MFU = 0.4  # before the first steps are measured
+GUESSED_MFU = 0.3  # before the first steps are measured: what one H100 made of the paper's network
+LAUNCHES = 0.03    # seconds that a GPU's smallest step takes, busy with launching kernels
 
 
 def noise_bins(sigma, mean, std):
@@ -113,7 +114,8 @@ class Meter:
     def expected(self, step):
         """Estimate the seconds from this step to the end before anything is measured; None if FLOPs are not known."""
         rate = (self.peak or self.measured or 0) * self.world * GUESSED_MFU
-        return self.cost(step, self.run["max_steps"]) / rate if rate else None
+        least = (self.run["max_steps"] - step) * LAUNCHES if self.peak else 0
+        return max(least, self.cost(step, self.run["max_steps"]) / rate) if rate else None
 
     def restart(self, step):
         self.started, self.cpu_started, self.first = time.perf_counter(), time.process_time(), step
