@@ -30,8 +30,8 @@ mask_ratio = 0.75             # fraction of the patches dropped after the mixer 
 mask = "random"               # which ones: any, or as many of each 2 x 2 patches (random | grouped)
 learning_rate = 2.4e-4        # at its peak (> 0)
 warmup_steps = 2500           # steps of linear warmup from 0 (>= 0)
-schedule = "cosine"           # after the warmup (cosine | constant)
-min_learning_rate = 0.33      # where the cosine ends, as a fraction of the peak (>= 0, <= 1)
+schedule = "cosine"           # after the warmup; trapezoid: falls in the second half (cosine | trapezoid | constant)
+min_learning_rate = 0.33      # where it ends, as a fraction of the peak (>= 0, <= 1)
 optimizer = "adamw"           # muon: Muon for the blocks' matrices, AdamW for all else (adamw | muon)
 beta1 = 0.9                   # AdamW (>= 0, < 1)
 beta2 = 0.999                 # AdamW (>= 0, < 1)
@@ -163,7 +163,8 @@ def check_run(state, net, batches, report, processes):
 
 
 def learning_rate_at(step, steps=None):
-    """Rise linearly over warmup_steps, then stay, or fall as a cosine to min_learning_rate of the peak.
+    """Rise linearly over warmup_steps, then stay, or fall to min_learning_rate of the peak: as a cosine, or linearly in
+    the second half.
 
     steps: of the whole run, if not max_steps.
     """
@@ -171,9 +172,9 @@ def learning_rate_at(step, steps=None):
         return learning_rate * (step + 1) / warmup_steps
     if schedule == "constant":
         return learning_rate
-    progress = (step - warmup_steps) / max(1, (steps or max_steps) - warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1, progress)))
-    return learning_rate * (min_learning_rate + (1 - min_learning_rate) * cosine)
+    progress = min(1, (step - warmup_steps) / max(1, (steps or max_steps) - warmup_steps))
+    height = 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else min(1, 2 * (1 - progress))
+    return learning_rate * (min_learning_rate + (1 - min_learning_rate) * height)
 
 
 def is_masked(step, steps=None):

@@ -19,7 +19,7 @@ downsample = 8              # how many times smaller the sides of the latents ar
 latent_channels = 4         # numbers at each place of the latents: few, so that they say more than pixels do (>= 1)
 width = 96                  # channels at the coarsest level; finer ones have fewer (>= 1)
 latent_noise = 0.6          # most noise added to latents, of variance 1: the decoder learns to mend errors (>= 0)
-max_steps = 1300            # steps in all (>= 1)
+max_steps = 1500            # steps in all (>= 1)
 batch_size = 16             # pictures per step (>= 2)
 learning_rate = 4e-3        # of Muon for the convolutions, and of AdamW for all else; falls in the second half (> 0)
 seed = 2024                 # of weights, data order, flips and noise (>= 0)

@@ -206,10 +206,11 @@ def test_learning_rate_schedules(monkeypatch):
             monkeypatch.setattr(train, name, value)
         return [train.learning_rate_at(s) for s in range(21)]
 
-    cosine, constant = rates("cosine"), rates("constant")
-    assert cosine[:4] == constant[:4] == [0.25, 0.5, 0.75, 1.0] and set(constant[4:]) == {1.0}
+    cosine, trapezoid, constant = rates("cosine"), rates("trapezoid"), rates("constant")
+    assert cosine[:4] == trapezoid[:4] == constant[:4] == [0.25, 0.5, 0.75, 1.0] and set(constant[4:]) == {1.0}
     assert cosine[4] == 1 and cosine[12] == pytest.approx(0.55) and cosine[20] == pytest.approx(0.1)
     assert all(a > b for a, b in zip(cosine[4:], cosine[5:]))
+    assert set(trapezoid[4:13]) == {1.0} and trapezoid[16:] == pytest.approx([0.55, 0.4375, 0.325, 0.2125, 0.1])
 
 
 def test_prefetched_batches_come_in_order_and_errors_come_through():
