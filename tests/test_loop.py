@@ -35,8 +35,8 @@ TINY = model.MicroDiTConfig(latent_size=8, latent_channels=12, caption_dim=128, 
 @pytest.fixture
 def run(monkeypatch, shapes16):
     """run(to, state=None, net=None, **settings) trains to a step, one micro-batch of four pictures a step"""
-    made = Batches(Dataset(shapes16, 8), Rows([range(100)]), 4, 1, tokens=TINY.tokens, seed=0, p_mean=-0.6, p_std=1.2,
-                   caption_dropout=0.1)
+    made = Batches(Dataset(shapes16, 8), Rows([range(100)]), 4, 1, tokens=TINY.tokens, seed=0, p_std=1.2,
+                   p_mean=lambda step: -0.6, caption_dropout=0.1)
     batches = [made(i, 0) for i in range(12)]
     ready = SimpleNamespace(stream=lambda keys, device: (to_device(batches[step], device) for step, _ in keys))
     quiet = MagicMock(losses=Losses(-0.6, 1.2, CPU))
@@ -213,6 +213,15 @@ def test_learning_rate_schedules(monkeypatch):
     assert set(trapezoid[4:13]) == {1.0} and trapezoid[16:] == pytest.approx([0.55, 0.4375, 0.325, 0.2125, 0.1])
 
 
+def test_noise_falls_over_the_run_around_its_mean(monkeypatch, shapes16):
+    for name, value in {"p_mean": 0.1, "p_mean_fall": 1.0, "max_steps": 10}.items():
+        monkeypatch.setattr(train, name, value)
+    made = Batches(Dataset(shapes16, 8), Rows([range(100)]), 4, 1, tokens=TINY.tokens, seed=0, p_std=1e-6,
+                   p_mean=train.noise_mean_at, caption_dropout=0)
+    means = [made(step, 0)["sigma"].log().mean().item() for step in (0, 5, 10)]
+    assert means == pytest.approx([0.6, 0.1, -0.4], abs=1e-4)
+
+
 def test_prefetched_batches_come_in_order_and_errors_come_through():
     assert list(prefetched(lambda a, b: (a, b), ((i, 2 * i) for i in range(5)))) == [(i, 2 * i) for i in range(5)]
     assert list(prefetched(lambda a: a, [])) == []
@@ -244,8 +253,8 @@ def test_weights_and_biases_gets_the_log_too(tmp_path, monkeypatch):
 
 def test_an_epoch_visits_every_row_once_whatever_the_micro_batch():
     for micro in (3, 5):
-        made = Batches(None, Rows([range(5), range(10, 20)]), micro, 2, tokens=4, seed=0, p_mean=0, p_std=1,
-                       caption_dropout=0)
+        made = Batches(None, Rows([range(5), range(10, 20)]), micro, 2, tokens=4, seed=0, p_std=1,
+                       p_mean=lambda step: 0, caption_dropout=0)
         ids = [int(i) for step in range(10) for m in (0, 1) for i in made.row_ids(step, m)][:30]
         assert sorted(ids[:15]) == sorted(ids[15:30]) == [*range(5), *range(10, 20)]
         assert ids[:15] != ids[15:30]
@@ -258,7 +267,7 @@ def test_the_meter_counts_the_captions_that_there_are(monkeypatch):
     short, long = (Meter(TINY, run, length, False, CPU) for length in (16, 77))
     assert long.cost(0, 10) > 1.2 * short.cost(0, 10)
     assert short.cost(0, 10) == short.cost(0, 6) + short.cost(6, 10) and short.cost(6, 10) > short.cost(0, 4)
-    assert short.expected(0) == pytest.approx(short.cost(0, 10) / 0.4e9)
+    assert short.expected(0) == pytest.approx(short.cost(0, 10) / 0.3e9)
     monkeypatch.setattr("training.log.forward_flops", lambda *_: None)
     unknown = Meter(TINY, run, 16, False, CPU)
     unknown.restart(0)
