@@ -39,7 +39,6 @@ momentum = 0.95               # Muon (>= 0, < 1)
 weight_decay = 0.1            # on every parameter (>= 0)
 grad_clip = 0.25              # largest gradient norm; 0: no clipping (>= 0)
 p_mean = -0.6                 # ln sigma ~ N(p_mean, p_std^2)
-p_mean_fall = 0.0             # over the run its mean falls by so much, around p_mean: coarse things first (>= 0)
 p_std = 1.2                   # standard deviation of ln sigma (> 0)
 caption_dropout = 0.1         # captions replaced by zeros, for guidance (>= 0, < 1)
 ema_decay = 0.0               # moving average of the weights; 0: none (>= 0, < 1)
@@ -176,11 +175,6 @@ def learning_rate_at(step, steps=None):
     progress = min(1, (step - warmup_steps) / max(1, (steps or max_steps) - warmup_steps))
     height = 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else min(1, 2 * (1 - progress))
     return learning_rate * (min_learning_rate + (1 - min_learning_rate) * height)
-
-
-def noise_mean_at(step):
-    """Return the mean of ln sigma in a step."""
-    return p_mean + p_mean_fall * (0.5 - step / max_steps)
 
 
 def is_masked(step, steps=None):
@@ -351,7 +345,7 @@ def main():
     report = Report(state, told, train_set, (val_set, val_rows), autocast, processes)
     announce(state, rows, report, processes)
     batches = Batches(train_set, rows, micro_batch_size, batch_size // micro_batch_size, tokens=config.tokens,
-                      seed=seed, p_mean=noise_mean_at, p_std=p_std, caption_dropout=caption_dropout,
+                      seed=seed, p_mean=p_mean, p_std=p_std, caption_dropout=caption_dropout,
                       threads=loader_threads if processes.device.type == "cuda" else 0)
     net = wrap_network(state.net, processes)
     if check:

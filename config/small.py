@@ -19,7 +19,6 @@ momentum = 0.95
 learning_rate = 4e-3
 warmup_steps = 60
 p_mean = 0.2
-p_mean_fall = 0.0
 sample_guidance = 2.5
 ema_decay = 0.995
 ema_start = 500

@@ -22,7 +22,6 @@ class Batches:
     """Makes micro-batch m of step s. Every epoch has its own seeded permutation of the rows.
 
     rows: the data set's rows to train on (dataset.Rows). micros: micro-batches of a step, of `size` pictures each.
-    p_mean(step): mean of ln sigma in a step.
     threads: number of reader threads, for a GPU alone: on a CPU they would take turns with the step's own.
     """
 
@@ -50,7 +49,7 @@ class Batches:
         "kept_captions" (B,)}, latents and captions as they lie on disk."""
         g = generator(self.seed, 2, step, micro)
         batch = self.dataset.read(self.row_ids(step, micro), self.pool)
-        batch["sigma"] = (self.p_mean(step) + self.p_std * torch.randn(self.size, generator=g)).exp()
+        batch["sigma"] = (self.p_mean + self.p_std * torch.randn(self.size, generator=g)).exp()
         batch["noise"] = torch.randn(batch["latents"].shape, generator=g)
         batch["uniforms"] = torch.rand(self.size, self.tokens, generator=g)
         batch["kept_captions"] = torch.rand(self.size, generator=g) >= self.caption_dropout
