@@ -163,7 +163,9 @@ def measure_run(name, settings, network, device, peak):
         for version, module in (("compiled", torch.compile(net)), ("eager", net)):
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            seconds, low, high = (s / 3 for s in timed(lambda: [step(module) for _ in range(3)], device))  # unawaited
+            # train.py does not wait for the device between steps either
+            three = timed(lambda module=module: [step(module) for _ in range(3)], device)
+            seconds, low, high = (s / 3 for s in three)
             rate = rates[version] = share / seconds
             print(f"{name}, {version}: {seconds:.3f} s a step of {share} ({low:.3f} to {high:.3f}), {rate:,.0f} "
                   f"images/s, MFU {efficiency(network, settings['mask_ratio'], rate, peak)}, most memory "

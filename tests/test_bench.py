@@ -85,6 +85,11 @@ def test_what_measures_a_gpu_runs(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("compiled", "eager", "MFU", "a step of 4", "aten::bmm", "1.0 hours, $2"))
 
+    steps = []
+    monkeypatch.setattr(bench, "make_step", lambda *_: (None, steps.append))
+    monkeypatch.setattr(bench, "timed", lambda function, device: (function(), [2.0 * len(steps)] * 3)[1])
+    assert bench.measure_run("small", RUN | {"batch_size": 8}, SMALL, torch.device("cpu"), 1e12) == 4.0  # 2 s a step
+
     monkeypatch.setattr(bench, "make_step", Mock(side_effect=torch.cuda.OutOfMemoryError))
     assert bench.measure_run("small", RUN, SMALL, torch.device("cpu"), 1e12) is None
     assert "small: out of memory with 2 pictures" in capsys.readouterr().out

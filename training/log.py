@@ -13,7 +13,7 @@ from common.flops import forward_flops, matmul_rate, peak_flops
 
 BINS = 5  # noise levels are reported in so many bins of equal probability
 GUESSED_MFU = 0.3  # before the first steps are measured: what one H100 made of the paper's network
-LAUNCHES = 0.03    # seconds that a GPU's smallest step takes, busy with launching kernels
+LAUNCHES = 0.03    # likewise: seconds of a GPU's smallest step, in which it waits for launches
 
 
 def noise_bins(sigma, mean, std):
