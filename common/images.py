@@ -2,11 +2,12 @@
 Latents to pictures, and pictures side by side with their captions as one to look at.
 """
 import math
+import textwrap
 
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from common.files import write_atomic
+from common.files import whole
 
 GAP = 4                 # pixels between the pictures of a grid
 BACKGROUND = "#d0d0d0"  # a grey that no white picture vanishes in
@@ -38,24 +39,12 @@ def enlarged(image, cell):
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
 
 
-def wrapped(text, font, width):
-    """Break a text between words into lines that fit into `width` pixels."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return lines
-
-
 def picture_grid(images, columns, captions=(), cell=128):
     """Lay out the pictures row by row, each with its caption below it where there are captions."""
     shown = [enlarged(image, cell) for image in images]
     font = ImageFont.load_default(11)
     w, h = shown[0].size
-    lines = [wrapped(text, font, w)[:6] for text in captions]
+    lines = [textwrap.wrap(text, w // 6)[:6] for text in captions]  # a letter is some 6 pixels wide
     text_height = 13 * max(map(len, lines), default=0)
     rows = math.ceil(len(shown) / columns)
     size = columns * (w + GAP) + GAP, rows * (h + text_height + GAP) + GAP
@@ -70,9 +59,19 @@ def picture_grid(images, columns, captions=(), cell=128):
     return grid
 
 
+def one_below_the_other(images):
+    """Return one picture of several, centred."""
+    page, top = Image.new("RGB", (max(i.width for i in images), sum(i.height for i in images)), "white"), 0
+    for image in images:
+        page.paste(image, ((page.width - image.width) // 2, top))
+        top += image.height
+    return page
+
+
 def save_picture(path, image, **texts):
     """Write a PNG, whole or not at all, with these texts inside."""
     info = PngInfo()
     for name, text in texts.items():
         info.add_itxt(name, text)
-    write_atomic(path, lambda file: image.save(file, "PNG", pnginfo=info))
+    with whole(path) as temporary:
+        image.save(temporary, "PNG", pnginfo=info)

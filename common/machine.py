@@ -5,14 +5,10 @@ import os
 import sys
 import threading
 import time
-from pathlib import Path
 
 
 def pick_device(name):
-    """Return the torch.device of "cuda", "mps", "cpu" or "auto"; ValueError if this machine lacks it.
-
-    Of several GPUs each process of torchrun has its own, which becomes the current one.
-    """
+    """Return the torch.device of a setting; of several GPUs each process of torchrun has its own."""
     import torch  # not above: what else is here is wanted before torch, or without it
     there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     name = there[0] if name in (None, "auto") else str(name)
@@ -27,6 +23,18 @@ def pick_device(name):
     return device
 
 
+def compute_dtype(name, device):
+    """Return the torch.dtype of matrix products for a setting dtype: auto is bfloat16 on a CUDA device."""
+    import torch
+    return getattr(torch, name if name != "auto" else "bfloat16" if device.type == "cuda" else "float32")
+
+
+def autocast(device, dtype):
+    """Compute matrix products in a dtype of less than 32 bits. Weights stay as they are."""
+    import torch
+    return torch.autocast(device.type, dtype if dtype != torch.float32 else None, enabled=dtype != torch.float32)
+
+
 def keep_freed_memory():
     """Have glibc keep freed memory: fresh pages for every activation cost a part of each CPU step (docs/log.md)."""
     if sys.platform == "linux":
@@ -39,11 +47,6 @@ def keep_freed_memory():
 def exit_with_parent():
     """End this process when its parent is gone, even after a SIGKILL of the parent."""
     parent = os.getppid()
-    with contextlib.suppress(OSError):  # it may be gone already, and this process with init; not everywhere is a /proc
-        command = Path(f"/proc/{parent}/cmdline").read_bytes()
-        if not any(word in command for word in (b"python", b"torch")):
-            os.write(2, b"the launcher of this process is gone, so it ends: start it with torchrun or python itself\n")
-            os._exit(1)
 
     def watch():
         while os.getppid() == parent:
@@ -53,26 +56,19 @@ def exit_with_parent():
 
 
 def exit_with_launcher():
-    """End a process of torchrun or studies/ablate.py with its launcher.
-
-    If the launcher is killed, its processes would otherwise go on writing into the next run's folder.
-    """
+    """End a process of torchrun or studies/ablate.py with its launcher, which may be killed."""
     if {"TORCHELASTIC_RUN_ID", "EXIT_WITH_PARENT"} & os.environ.keys():
         exit_with_parent()
 
 
 def shared_store():
-    """Return the key-value store that the processes of torchrun share.
-
-    torchrun keeps it when it starts crashed processes again, and with it what the last attempt wrote. On one machine
-    the attempt's number tells them apart; several nodes count their own, so there each attempt needs a new store.
-    """
+    """Return the store of torchrun's processes. On one node the attempt's number tells its keys from old ones."""
     import torch.distributed as dist
-    attempt, one_node = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), "LOCAL_WORLD_SIZE" in os.environ
-    one_node = one_node and os.environ["WORLD_SIZE"] == os.environ["LOCAL_WORLD_SIZE"]
-    again = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
-    if again and not one_node and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
+    env = os.environ.get
+    one_node = env("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    if env("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and not one_node and (
+            env("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1"):
         raise ValueError("several nodes with --max-restarts need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the "
-                         "environment of every torchrun: without it a restart waits for ever")
+                         "environment of every torchrun")
     store = next(dist.rendezvous("env://"))[0]
-    return dist.PrefixStore(f"attempt {attempt}", store) if one_node else store
+    return dist.PrefixStore(f"attempt {env('TORCHELASTIC_RESTART_COUNT', '0')}", store) if one_node else store
