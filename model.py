@@ -23,42 +23,32 @@ class MicroDiTConfig:
     latent_size: int = 32                       # height and width of the latents (>= 1, <= 4096)
     latent_channels: int = 4                    # of the autoencoder (>= 1)
     patch_size: int = 2                         # latent pixels per patch and axis (>= 1)
-    dim: int = 1024                             # width of the backbone (>= 1)
-    depth: int = 28                             # backbone blocks (>= 1)
+    dim: int = 1024                             # width of the backbone (>= 1, <= 65536)
+    depth: int = 28                             # backbone blocks (>= 1, <= 1000)
     head_dim: int = 64                          # width of an attention head (>= 1)
     mlp_multiple: int = 256                     # hidden widths of the MLPs are rounded up to a multiple of it (>= 1)
     caption_dim: int = 1024                     # width of the caption embedding (>= 1)
     pos_scale: float = 1.0                      # positions are divided by it: 1 at 256 px, 2 at 512 px (> 0)
     attn_ratio: tuple[float, float] = (0.5, 1.0)  # layer-wise scaling: attention width / dim, first, last (> 0, <= 100)
     mlp_ratio: tuple[float, float] = (0.5, 4.0)   # layer-wise scaling: MLP width / dim, first, last (> 0, <= 100)
-    mixer_depth: int = 6                        # patch mixer blocks; 0: no mixer, naive masking (>= 0)
-    mixer_dim: int = 768                        # width of the mixer (>= 1)
+    mixer_depth: int = 6                        # patch mixer blocks; 0: no mixer, naive masking (>= 0, <= 1000)
+    mixer_dim: int = 768                        # width of the mixer (>= 1, <= 65536)
     mixer_mlp_ratio: float = 4.0                # MLP width / mixer_dim (> 0, <= 100)
-    num_experts: int = 8                        # 0: dense MLPs everywhere (>= 0)
+    num_experts: int = 8                        # 0: dense MLPs everywhere (>= 0, <= 4096)
     expert_capacity: float = 2.0                # experts that process a token, on average (> 0)
     moe_every: int = 2                          # every so many blocks one is sparse (>= 1)
-    router_unmodulated: bool = False            # the router reads LN(x) instead of the adaLN-modulated tokens
-    # not the paper's: docs/masking.md says what they gain
-    mixer_skip: bool = False                    # what enters the mixer is added to what leaves it, past its bridges
-    mixer_conv: bool = False                    # a depthwise 3x3 convolution in front of the mixer's MLPs
-    fused_blocks: int = -1                      # last blocks that see all patches again; -1: none do (>= -1)
+    mixer_conv: bool = False                    # a depthwise 3x3 convolution in front of the mixer's MLPs; not the
+                                                # paper's, docs/masking.md says what it gains
 
     def __post_init__(self):
         self.attn_ratio, self.mlp_ratio = tuple(self.attn_ratio), tuple(self.mlp_ratio)  # JSON gives lists
-        if self.latent_size % self.patch_size:
-            raise ValueError(f"latent_size {self.latent_size} is not a multiple of patch_size {self.patch_size}")
-        if self.dim % 4:
-            raise ValueError(f"dim {self.dim} is not a multiple of 4, which the 2D position table needs")
-        for name, width in [("dim", self.dim)] + [("mixer_dim", self.mixer_dim)] * (self.mixer_depth > 0):
-            if width % self.head_dim:
-                raise ValueError(f"{name} {width} is not a multiple of head_dim {self.head_dim}")
-        if self.num_experts and self.moe_every < 1:
-            raise ValueError(f"moe_every is {self.moe_every}, must be at least 1")
-        if self.mixer_skip and (not self.mixer_depth or self.mixer_dim == self.dim):
-            raise ValueError("mixer_skip needs a mixer of another width than the backbone: of the same width, it is a "
-                             "part of the residual stream already")
-        if self.fused_blocks >= self.depth:
-            raise ValueError(f"fused_blocks is {self.fused_blocks}: it must be below depth {self.depth}")
+        for name, value, divisor, of in (
+                ("latent_size", self.latent_size, self.patch_size, f"patch_size {self.patch_size}"),
+                ("dim", self.dim, self.head_dim, f"head_dim {self.head_dim}"),
+                ("mixer_dim", self.mixer_dim * (self.mixer_depth > 0), self.head_dim, f"head_dim {self.head_dim}"),
+                ("dim", self.dim, 4, "4, which the position table needs")):
+            if value % divisor:
+                raise ValueError(f"{name} {value} is not a multiple of {of}")
 
     @property
     def tokens(self):
@@ -66,15 +56,16 @@ class MicroDiTConfig:
 
 
 def round_up(n, multiple):
-    return -(-n // multiple) * multiple
+    """Return the next multiple from n on, and at least one of it."""
+    return max(1, -(-n // multiple)) * multiple
 
 
 def expert_tokens(capacity, tokens, experts):
     """Return how many tokens each expert takes per image, int(capacity * tokens / experts); ValueError if none."""
     k = int(capacity * tokens / experts)
     if k < 1:
-        raise ValueError(f"int(capacity {capacity} * tokens {tokens} / experts {experts}) is {k}: an expert would take "
-                         "no token. Raise expert_capacity, keep more tokens, or use fewer experts")
+        raise ValueError(f"int(capacity {capacity} * tokens {tokens} / experts {experts}) is 0: raise expert_capacity, "
+                         "keep more tokens, or use fewer experts")
     return min(k, tokens)
 
 
@@ -90,8 +81,7 @@ def modulate(x, shift, scale):
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Layers
+# --- Layers ---
 
 
 class Attention(nn.Module):
@@ -139,7 +129,7 @@ class SwiGLU(nn.Module):
 class ExpertChoiceMLP(nn.Module):
     """Expert-choice mixture of experts (Zhou et al. 2022): every expert takes its top k tokens of each image.
 
-    The load is balanced by construction, so there is no auxiliary loss. A token that no expert takes comes out as zero.
+    So the load is balanced without an auxiliary loss. A token that no expert takes comes out as zero.
     """
 
     def __init__(self, dim, hidden, num_experts, capacity):
@@ -153,10 +143,10 @@ class ExpertChoiceMLP(nn.Module):
         for weight, std in ((self.w1, 0.02), (self.w2, out_std), (self.router.weight, 0.02)):
             nn.init.trunc_normal_(weight, std=std)
 
-    def forward(self, x, router_input=None):
+    def forward(self, x):
         B, T, d = x.shape
         k = expert_tokens(self.capacity, T, self.num_experts)
-        probs = self.router(x if router_input is None else router_input).float().softmax(-1)    # (B, T, E)
+        probs = self.router(x).float().softmax(-1)                                              # (B, T, E)
         weight, index = probs.permute(2, 0, 1).topk(k, dim=-1)                                  # (E, B, k)
         rows = (index + T * torch.arange(B, device=x.device).view(1, B, 1)).flatten()           # rows of (B*T, d)
         taken = x.reshape(B * T, d).index_select(0, rows).view(self.num_experts, B * k, d)
@@ -186,7 +176,6 @@ class Block(nn.Module):
     def __init__(self, config, dim, attn_ratio, mlp_ratio, sparse, conv=False):
         super().__init__()
         c = config
-        self.router_unmodulated = sparse and c.router_unmodulated
         self.norm1, self.norm2, self.norm3 = layer_norm(dim), layer_norm(dim), layer_norm(dim)
         width = dim if attn_ratio == 1 else round_up(int(dim * attn_ratio), 2 * c.head_dim)
         self.attn = Attention(dim, width, c.head_dim)
@@ -211,9 +200,8 @@ class Block(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(cond).chunk(6, -1)
         x = x + gate_a.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_a, scale_a))
         x = x + self.cross_attn(self.norm2(x), caption)
-        h = self.norm3(x)
-        router_input = (h,) if self.router_unmodulated else ()
-        return x + gate_m.unsqueeze(1) * self.mlp(self.neighbours(modulate(h, shift_m, scale_m)), *router_input)
+        h = self.neighbours(modulate(self.norm3(x), shift_m, scale_m))
+        return x + gate_m.unsqueeze(1) * self.mlp(h)
 
 
 class CaptionBlock(nn.Module):
@@ -249,36 +237,14 @@ class CaptionMLP(nn.Module):
         return self.fc2(self.norm(gelu_tanh(self.fc1(x))))
 
 
-class Fusion(nn.Module):
-    """Joins the mixer's output for all patches (B,T,D) and the backbone's for the kept ones (SPRINT, Park et al. 2025).
-
-    A learned token stands for what the backbone did not see: the other patches, and all of a picture without caption,
-    so that what guidance moves away from is the mixer's guess alone.
-    """
-
-    def __init__(self, dim):
-        super().__init__()
-        self.token, self.linear = nn.Parameter(torch.zeros(dim)), nn.Linear(2 * dim, dim, bias=False)
-
-    def init_weights(self):
-        self.linear.weight.copy_(torch.eye(self.token.numel()).repeat(1, 2) / 2)  # their mean
-
-    def forward(self, dense, deep, ids_keep, caption):
-        seen = caption.any(2).any(1).view(-1, 1, 1)
-        token = self.token.to(deep.dtype)
-        if ids_keep is not None:
-            deep = token.expand(dense.shape).scatter(1, ids_keep.unsqueeze(-1).expand_as(deep), deep)
-        return self.linear(torch.cat([dense, torch.where(seen, deep, token)], -1)).to(dense.dtype)
-
-
 class FinalLayer(nn.Module):
     def __init__(self, dim, out_dim):
         super().__init__()
         self.norm, self.modulation, self.linear = layer_norm(dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, out_dim)
 
     def init_weights(self):
-        for linear in (self.modulation, self.linear):
-            nn.init.zeros_(linear.weight)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.linear.weight)
 
     def forward(self, x, cond):
         return self.linear(modulate(self.norm(x), *self.modulation(cond).chunk(2, -1)))
@@ -345,8 +311,7 @@ def gather_tokens(x, ids):
     return x.gather(1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The network
+# --- The network ---
 
 
 class MicroDiT(nn.Module):
@@ -363,68 +328,48 @@ class MicroDiT(nn.Module):
         self.caption_block = CaptionBlock(c.dim, c.head_dim, c.mlp_multiple)
         self.pooled_embed = CaptionMLP(c.dim, c.dim)
 
-        def bridge(a, b):
-            return nn.Identity() if a == b else nn.Sequential(layer_norm(a), nn.Linear(a, b, bias=False))
-        if c.mixer_depth:
-            self.mixer_in, self.mixer_caption = bridge(c.dim, c.mixer_dim), bridge(c.dim, c.mixer_dim)
-            self.mixer_out = bridge(c.mixer_dim, c.dim)
-        self.mixer = nn.ModuleList(
-            Block(c, c.mixer_dim, 1, c.mixer_mlp_ratio, self._is_sparse(i) and i > 0, c.mixer_conv)
-            for i in range(c.mixer_depth))
+        def bridge(a, b):  # between the widths of backbone and mixer
+            same = a == b or not c.mixer_depth
+            return nn.Identity() if same else nn.Sequential(layer_norm(a), nn.Linear(a, b, bias=False))
+        self.mixer_in, self.mixer_caption = bridge(c.dim, c.mixer_dim), bridge(c.dim, c.mixer_dim)
+        self.mixer_out = bridge(c.mixer_dim, c.dim)
+        sparse = [c.num_experts > 0 and (i + 1) % c.moe_every == 0 for i in range(max(c.depth, c.mixer_depth))]
+        self.mixer = nn.ModuleList(Block(c, c.mixer_dim, 1, c.mixer_mlp_ratio, sparse[i] and i > 0, c.mixer_conv)
+                                   for i in range(c.mixer_depth))
         ratios = zip(linspace(*c.attn_ratio, c.depth), linspace(*c.mlp_ratio, c.depth))
-        self.blocks = nn.ModuleList(
-            Block(c, c.dim, a, m, self._is_sparse(i) and i < c.depth - 1) for i, (a, m) in enumerate(ratios))
-        self.fusion = Fusion(c.dim) if c.fused_blocks >= 0 else None
+        self.blocks = nn.ModuleList(Block(c, c.dim, attn_ratio, mlp_ratio, sparse[i] and i < c.depth - 1)
+                                    for i, (attn_ratio, mlp_ratio) in enumerate(ratios))
         self.final = FinalLayer(c.dim, c.patch_size ** 2 * c.latent_channels)
         self.init_weights()
-
-    def _is_sparse(self, i):
-        return self.config.num_experts > 0 and (i + 1) % self.config.moe_every == 0
 
     def forward(self, x, c_noise, caption, ids_keep=None, kept_only=False):
         """Map x (B,C,H,W) scaled by c_in, c_noise (B,) = ln(sigma)/4, caption (B,L,Dc) and ids_keep (B,K) to (B,C,H,W).
 
-        With ids_keep the other patches come back zero; with kept_only they do not come back: (B, K, p*p*C). With
-        fused_blocks all of them come back.
+        With ids_keep the other patches come back zero; with kept_only they do not come back: (B, K, p*p*C).
         """
         c = self.config
         if x.shape[1:] != (c.latent_channels, c.latent_size, c.latent_size) or caption.shape[2:] != (c.caption_dim,):
             raise ValueError(f"latents {tuple(x.shape)} and captions {tuple(caption.shape)} do not fit the network: "
                              f"(B, {c.latent_channels}, {c.latent_size}, {c.latent_size}) and (B, L, {c.caption_dim})")
-        # the table is float32, and so are all sums of the blocks' outputs, under autocast too
+        # the table is float32, and so are all sums of the blocks' outputs, under autocast too.
         x = self.patch_embed(x).flatten(2).transpose(1, 2) + self.pos_embed                      # (B, T, D)
-        given = caption
         caption = self.caption_block(self.caption_embed(caption))                                # (B, L, D)
         noise = self.noise_embed(noise_level_features(c_noise).to(self.noise_embed[0].weight.dtype))
         cond = gelu_tanh(noise + self.pooled_embed(caption.mean(1)))                             # (B, D), of all adaLNs
 
-        def kept(tokens):
-            return tokens if ids_keep is None else gather_tokens(tokens, ids_keep)
-
-        def deferred(tokens):  # a network that fuses needs the mixer's output for all patches
-            return tokens if self.fusion else kept(tokens)
-        entered = x
-        if c.mixer_depth:
-            x, mixer_caption = self.mixer_in(x).to(x.dtype), self.mixer_caption(caption)         # (B, T, d), (B, L, d)
-            for block in self.mixer:
-                x = self._run(block, x, mixer_caption, cond)
-        x = deferred(x)                                                                          # (B, K, d)
-        if c.mixer_depth:
-            x = self.mixer_out(x).to(x.dtype)
-        if c.mixer_skip:
-            x = x + deferred(entered)
-        dense, x, last = x, kept(x) if self.fusion else x, c.depth - max(0, c.fused_blocks)      # (B, K, D)
-        for block in self.blocks[:last]:
-            x = self._run(block, x, caption, cond)
-        if self.fusion:
-            x = self.fusion(dense, x, ids_keep, given)                                           # (B, T, D)
-        for block in self.blocks[last:]:
+        x, mixer_caption = self.mixer_in(x).to(x.dtype), self.mixer_caption(caption)             # (B, T, d), (B, L, d)
+        for block in self.mixer:
+            x = self._run(block, x, mixer_caption, cond)
+        if ids_keep is not None:
+            x = gather_tokens(x, ids_keep)                                                       # (B, K, d)
+        x = self.mixer_out(x).to(x.dtype)                                                        # (B, K, D)
+        for block in self.blocks:
             x = self._run(block, x, caption, cond)
         x = self.final(x, cond)                                                                  # (B, K, p*p*C)
 
-        if kept_only and not self.fusion:
+        if kept_only:
             return x
-        if ids_keep is not None and not self.fusion:
+        if ids_keep is not None:
             x = x.new_zeros(x.shape[0], c.tokens, x.shape[2]).scatter(1, ids_keep.unsqueeze(-1).expand_as(x), x)
         return unpatchify(x, c.patch_size)
 
@@ -435,16 +380,15 @@ class MicroDiT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Draw Linears Xavier-uniform, except where a layer's own init_weights says otherwise: normal (0.02), scaled by
-        depth at the outputs of the blocks (the paper's code)."""
+        """Draw Linears Xavier-uniform, except where a layer's own init_weights says otherwise (the paper's code)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patch_embed.weight.flatten(1))
-        for linear in (self.noise_embed[0], self.noise_embed[2]):
-            nn.init.normal_(linear.weight, std=0.02)
+        nn.init.normal_(self.noise_embed[0].weight, std=0.02)
+        nn.init.normal_(self.noise_embed[2].weight, std=0.02)
         for layer in (self.caption_embed, self.pooled_embed, self.caption_block):
             layer.init_weights()
         for i, block in enumerate(self.blocks):
@@ -453,25 +397,12 @@ class MicroDiT(nn.Module):
             block.init_weights(out_std=0.02 / math.sqrt(2 * self.config.depth))
         self.final.init_weights()
 
-    @classmethod
-    def from_official(cls, state_dict, config):
-        """Return a network with the weights of a released state dict, in float32; ValueError if they do not fit."""
-        from encoders.released import from_official
-        return from_official(cls, state_dict, config)
-
-    def to_official(self):
-        """Return the weights under the released checkpoints' tensor names, with their two constants."""
-        from encoders.released import to_official
-        return to_official(self)
-
 
 def linspace(first, last, n):
-    with torch.device("cpu"):
-        return torch.linspace(first, last, n, dtype=torch.float64).tolist()
+    return torch.linspace(first, last, n, dtype=torch.float64, device="cpu").tolist()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# EDM: preconditioning, loss, samplers
+# --- EDM: preconditioning, loss, samplers ---
 
 
 def denoise(net, x, sigma, caption, ids_keep=None):
@@ -480,7 +411,8 @@ def denoise(net, x, sigma, caption, ids_keep=None):
     In x's precision, except inside the network. With ids_keep the other patches mean nothing: their F is zero.
     """
     c_skip, c_out, c_in, c_noise = preconditioning(sigma.view(-1, 1, 1, 1).to(x.dtype))
-    dtype = network_dtype(net)
+    first = next(iter(getattr(net, "parameters", tuple)()), None)
+    dtype = torch.float32 if first is None else first.dtype
     out = net((c_in * x).to(dtype), c_noise.flatten().float(), caption.to(dtype), ids_keep=ids_keep)
     return c_skip * x + c_out * out.to(x.dtype)
 
@@ -491,18 +423,15 @@ def preconditioning(sigma):
     return SIGMA_DATA ** 2 / total, sigma * SIGMA_DATA / total.sqrt(), total.rsqrt(), sigma.log() / 4
 
 
-def network_dtype(net):
-    parameters = getattr(net, "parameters", None)
-    first = next(iter(parameters()), None) if parameters else None
-    return torch.float32 if first is None else first.dtype
-
-
 def edm_loss(net, latents, caption, sigma, noise, ids_keep=None, *, reduce=True):
     """Compute the weighted squared error of D (EDM, eq. 8) in float32: latents, noise (B,C,H,W), sigma (B,) -> scalar.
 
-    The mean over each picture's kept patches (all, where the network fuses), then over pictures; reduce=False gives the
-    B means. noise ~ N(0, 1). What a network leaves as its attribute extra_loss, a scalar or (B,), is added in training.
+    The mean over each picture's kept patches, then over pictures; reduce=False gives the B means. noise ~ N(0, 1). What
+    the network's forward() leaves as its attribute extra_loss, a scalar or (B,), is added in training, and its number
+    stays there for the log.
     """
+    inner = getattr(net, "module", net)  # of DDP
+    inner.extra_loss = None
     sigma_ = sigma.float().view(-1, 1, 1, 1)
     c_skip, c_out, c_in, c_noise = preconditioning(sigma_)
     x = latents.float() + sigma_ * noise.float()
@@ -513,10 +442,9 @@ def edm_loss(net, latents, caption, sigma, noise, ids_keep=None, *, reduce=True)
     if out.ndim == 3:  # the kept patches alone
         target = gather_tokens(patchify(target, math.isqrt(out.shape[-1] // latents.shape[1])), ids_keep)
     loss = (out - target).square().flatten(1).mean(1)
-    while hasattr(net, "module"):  # of DDP
-        net = net.module
-    if getattr(net, "extra_loss", None) is not None:
-        loss, net.extra_loss = loss + net.extra_loss * net.training, None
+    if inner.extra_loss is not None and inner.training:
+        loss = loss + inner.extra_loss
+        inner.extra_loss = inner.extra_loss.detach()  # a network that holds a graph cannot be copied
     return loss.mean() if reduce else loss
 
 
@@ -532,16 +460,12 @@ def sample(net, noise, caption, steps=30, guidance_scale=5.0, sampler="heun", *,
            rho=7.0, negative_caption=None, on_step=None):
     """Draw latents (B,C,H,W) from noise ~ N(0, 1) of that shape and captions (B,L,Dc).
 
-    Guidance D_negative + w (D_caption - D_negative) runs both branches in one batch; guidance 1 runs one.
-    negative_caption (B,L,Dc) defaults to zeros, what caption dropout trains. "heun" costs 2*steps-1 evaluations,
-    "dpmpp_2m" `steps`. on_step(D) is called at each step with what is denoised so far. The state is float64 where the
-    device has it.
+    Guidance is D_negative + w (D_caption - D_negative); 1 is none. negative_caption (B,L,Dc) defaults to zeros, which
+    caption dropout trains. "heun" costs 2*steps-1 evaluations, "dpmpp_2m" `steps`. on_step(D) is called at each step.
     """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"unknown sampler {sampler!r}: there are {', '.join(SAMPLERS)}")
-    if steps < 1 or not 0 < sigma_min <= sigma_max:
-        raise ValueError(f"steps {steps}, sigma_min {sigma_min}, sigma_max {sigma_max}: steps must be at least 1 and "
-                         "0 < sigma_min <= sigma_max")
+    if sampler not in SAMPLERS or steps < 1 or not 0 < sigma_min <= sigma_max:
+        raise ValueError(f"sampler {sampler}, steps {steps}, sigma_min {sigma_min}, sigma_max {sigma_max}: the sampler "
+                         f"must be {' or '.join(SAMPLERS)}, steps at least 1, and 0 < sigma_min <= sigma_max")
     if guidance_scale != 1:
         caption = torch.cat([caption, torch.zeros_like(caption) if negative_caption is None else negative_caption])
 
@@ -553,7 +477,7 @@ def sample(net, noise, caption, steps=30, guidance_scale=5.0, sampler="heun", *,
         return without + guidance_scale * (with_caption - without)
 
     sigmas = noise_levels(steps, sigma_max, sigma_min, rho)
-    x = noise.to(torch.float32 if noise.device.type == "mps" else torch.float64) * sigmas[0]
+    x = noise.to(torch.float32 if noise.device.type == "mps" else torch.float64) * sigmas[0]  # which Macs lack
     return SAMPLERS[sampler](denoised, x, sigmas, on_step or (lambda denoised: None)).float()
 
 

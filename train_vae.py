@@ -1,17 +1,17 @@
 """
 Pictures -> a small autoencoder of your own, for prepare_latents.py, where no published one is at hand.
 
-    python train_vae.py                                             # of the drawn set, 2 to 4 minutes on two cores
+    python train_vae.py                                             # of the built-in set, 2 to 4 minutes on two cores
     python train_vae.py --source photos --out runs/photos_vae
     python prepare_latents.py --vae runs/vae/vae.safetensors --resolutions 64 --out data/shapes64
 
-vae.safetensors in the run folder is the autoencoder; reconstructions.png shows held-out pictures, and below them what
-it makes of them. It is convolutional, so it takes pictures of any size. A stopped run goes on with the same command.
+vae.safetensors in the run folder is the autoencoder; reconstructions.png shows held-out pictures above what it makes of
+them. It takes pictures of any size. A run goes on with the same command, a finished one with a larger --max_steps.
 """
 from configurator import configure
 
-source = "shapes"           # "shapes", a folder of pictures, archives, or a list of pictures, as in prepare_latents.py
-root = ""                   # folder that the names in a list of pictures start from; empty: where the list lies
+# What stands in parentheses is checked.
+source = "shapes"           # "shapes", a folder of pictures or archives, as in prepare_latents.py
 out = "runs/vae"            # run folder
 resolution = 64             # side of the square pictures, in pixels (>= 8)
 limit = 8000                # use the first so many pictures of the source; they are kept in memory (>= 2)
@@ -23,40 +23,38 @@ max_steps = 1500            # steps in all (>= 1)
 batch_size = 16             # pictures per step (>= 2)
 learning_rate = 4e-3        # of Muon for the convolutions, and of AdamW for all else; falls in the second half (> 0)
 seed = 2024                 # of weights, data order, flips and noise (>= 0)
-eval_every = 400            # steps between validations, reconstructions and states to go on from (>= 1)
+eval_every = 400            # steps between validations, reconstructions and saves of the state to go on from (>= 1)
 device = "auto"             # cuda, mps or cpu; auto: the best there is
-overwrite = False           # replace what is in `out`, unless it is this very run and not finished: that goes on
 
 if __name__ == "__main__":
     settings = configure(globals())
 
 import math
-import os
 import time
 from pathlib import Path
 
 import torch
 
-from common.files import lock, write_atomic
-from common.images import picture_grid, to_images
+from common.folders import claim, described, lock
+from common.images import picture_grid, save_picture, to_images
 from common.machine import keep_freed_memory, pick_device
-from common.schema import COUNT, TABLE, TEXT, check_tensors
+from common.processes import run_script, world_size
+from common.tensors import check_tensors, read_tensors, strip
 from encoders.tiny import TinyAutoencoder, config_for
 from pictures.decode import read_squares
-from pictures.sources import drawn_parts, find_parts, fingerprint
-from training import checkpoint
+from pictures.sources import find_parts, fingerprint, shapes_parts
 from training.batches import generator
-from training.log import Log, duration
+from training.checkpoint import save
+from training.log import Log
+from training.meter import duration
 from training.optimizer import Optimizer
-from training.state import as_json, differences
 
 WARMUP = 40                 # steps
 MOMENTUM = 0.85             # Muon's: of 0.95 the error after 1,150 steps is a sixth larger
 ABSOLUTE_ERROR = 0.2        # weight of the absolute error beside the squared one
 LOG_EVERY = 100             # steps between console lines
 MOST_HELD, SHOWN = 256, 8   # pictures to validate on, every hundredth; of these in reconstructions.png
-ABOUT = {"settings": TABLE, "source": TEXT, "step?": COUNT}  # of vae.safetensors and state.safetensors
-NOT_COMPARED = ("out", "device", "overwrite", "eval_every")
+OURS = r"(vae|state)\.safetensors|log\.jsonl|vae\.json|reconstructions\.png"  # what it writes into its folder
 
 
 class Trained(torch.nn.Module):
@@ -81,8 +79,8 @@ class Trained(torch.nn.Module):
         self.net.absorb(self.norm)
 
 
-def train(model, optimizer, step, images, held, save):
-    """Train until max_steps on the squared and absolute error of pictures, which come out of noisy latents."""
+def train(model, optimizer, step, images, held, save_state):
+    """Train until max_steps on the error of pictures that come out of noisy latents."""
     log, clock, first_step = Log(out, step), time.time(), step
     shape = (batch_size, latent_channels, resolution // downsample, resolution // downsample)
     while step < max_steps:
@@ -105,12 +103,11 @@ def train(model, optimizer, step, images, held, save):
                 raise ValueError(f"the error at step {step:,} is {error}: try a lower --learning_rate")
         if step % eval_every == 0 or last:
             validate(model, step, held, log)
-            if not last:
-                save(step)
+            save_state(step)
 
 
 def as_input(pictures):
-    """Turn uint8 (B,H,W,3) into (B,3,H,W) in [-1, 1] on the device; in memory the channels stay last."""
+    """Turn uint8 (B,H,W,3) into (B,3,H,W) in [-1, 1] on the device."""
     return pictures.to(pick_device(device)).permute(0, 3, 1, 2) / 127.5 - 1
 
 
@@ -118,79 +115,56 @@ def as_input(pictures):
 def validate(model, step, held, log):
     """Log the error of held-out pictures, and show the first of them above their reconstructions."""
     model.eval()
-    given = torch.cat([as_input(part) for part in held.split(16)])
-    made = torch.cat([model(part) for part in given.split(16)])
+    shown = torch.cat([as_input(part) for part in held.split(16)])
+    made = torch.cat([model(part) for part in shown.split(16)])
     model.train()
-    squared, absolute = (made - given).square().mean().item(), (made - given).abs().mean().item()
+    squared, absolute = (made - shown).square().mean().item(), (made - shown).abs().mean().item()
     log(f"step {step:6,} | held out: squared error {squared:.4f}, absolute {absolute:.4f}, "
         f"PSNR {10 * math.log10(4 / squared):.1f} dB", step=step, val_loss=squared, val_absolute_error=absolute)
-    grid = picture_grid(to_images(given[:SHOWN]) + to_images(made[:SHOWN]), min(SHOWN, len(given)))
-    write_atomic(Path(out) / "reconstructions.png", lambda file: grid.save(file, "PNG"))
-
-
-def is_there(path, about):
-    """Return whether this very run has left a file; ValueError if it is another's, or damaged, unless `overwrite`."""
-    if not path.exists():
-        return False
-    try:
-        old = checkpoint.read(path, whole=True, schema=ABOUT)[0]
-        if differ := differences(old["settings"], about["settings"]) + differences(old, {"source": about["source"]}):
-            raise ValueError(f"{path} is of another run ({'; '.join(differ)}): give another --out, or --overwrite")
-    except ValueError:
-        if not overwrite:
-            raise
-        return False
-    return True
+    grid = picture_grid(to_images(shown[:SHOWN]) + to_images(made[:SHOWN]), min(SHOWN, len(shown)))
+    save_picture(Path(out) / "reconstructions.png", grid)
 
 
 def main():
-    if resolution % downsample:
-        raise ValueError(f"downsample is {downsample}: it must divide the resolution {resolution}")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("it trains in one process: start it with python, not with torchrun")
-    file, state_file, step = Path(out) / "vae.safetensors", Path(out) / "state.safetensors", 0
-    parts = drawn_parts(range(limit), resolution, limit) if source == "shapes" else find_parts(source, limit, root)
-    about = as_json({"settings": {k: v for k, v in settings.items() if k not in NOT_COMPARED},
-                     "source": fingerprint(parts), "config": config_for(downsample, latent_channels, width)})
-    lock(out, create=False)
-    if is_there(file, about) and not overwrite:
-        return print(f"{file} is there already, of this very run")
-    going_on = is_there(state_file, about)
+    if resolution % downsample or world_size() > 1:
+        raise ValueError(f"the resolution {resolution} must be a multiple of downsample {downsample}, and it trains in "
+                         "one process: start it with python, not with torchrun")
+    lock(out)
+    file, state_file = Path(out) / "vae.safetensors", Path(out) / "state.safetensors"
+    parts = shapes_parts(limit, resolution, limit) if source == "shapes" else find_parts(source, limit)
+    command, config = settings | {"source_hash": fingerprint(parts)}, config_for(downsample, latent_channels, width)
+    described(out, "vae.json", OURS)  # refuses a folder of others before the pictures are read
     images = torch.from_numpy(read_squares(parts, limit, resolution, workers=0 if source == "shapes" else -1))
     held = torch.arange(len(images)) % max(100, len(images) // MOST_HELD) == 0  # of all classes of a sorted source
     images, held = images[~held], images[held]
+    claim(out, "vae.json", OURS, command)
+    old, tensors = read_tensors(state_file, ("",)) if state_file.exists() else ({"step": 0}, {})
+    step = old["step"]
+    if step >= max_steps and file.exists():
+        return print(f"{file} is there already, of this very run")
 
     keep_freed_memory()
     torch.manual_seed(seed)
-    model = Trained(about["config"]).to(pick_device(device))
+    model = Trained(config).to(pick_device(device))
     optimizer = Optimizer(model, "muon", learning_rate, betas=(0.9, 0.99), momentum=MOMENTUM, weight_decay=0.0,
                           is_matrix=lambda name, parameter: parameter.ndim == 4)
-    if going_on:
-        old, tensors = checkpoint.read(state_file, ("",), schema=ABOUT)
-        check_tensors(model, checkpoint.strip(tensors, "model."), state_file)
-        model.load_state_dict(checkpoint.strip(tensors, "model."))
-        optimizer.load(checkpoint.strip(tensors, "optimizer."), state_file)
-        step = old["step"]
+    if step:
+        check_tensors(model, strip(tensors, "model."), state_file)
+        model.load_state_dict(strip(tensors, "model."))
+        optimizer.load(strip(tensors, "optimizer."), state_file)
 
-    lock(out)
-
-    def save(step):
+    def save_state(step):
         tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
         tensors |= {f"optimizer.{name}": t for name, t in optimizer.tensors().items()}
-        checkpoint.save(state_file, tensors, about | {"step": step})
+        save(state_file, tensors, {"step": step})
     print(f"{out}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(images):,} pictures, "
-          f"{max_steps:,} steps of {batch_size}" + f", going on from step {step:,}" * (step > 0), flush=True)
-    train(model, optimizer, step, images, held, save)
+          f"{len(held):,} to validate on, {max_steps:,} steps of {batch_size}"
+          + f", going on from step {step:,}" * (step > 0), flush=True)
+    train(model, optimizer, step, images, held, save_state)
     model.absorb_norm(images)
-    checkpoint.save(file, model.net.state_dict(), about)
-    state_file.unlink(missing_ok=True)
+    save(file, model.net.state_dict(), {"config": config})
     print(f"done: {file}. Use it with: python prepare_latents.py --vae {file} --resolutions {resolution} ...")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"train_vae.py: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(f"train_vae.py: stopped. The same command goes on from the state in {out}, if any") from None
+    run_script("train_vae.py", main, f"The same command goes on from the state in {out}, if there is one")

@@ -1,7 +1,5 @@
 """
-The network of studies.ablate: 0.6 M parameters, the paper's shape in small, with 256 patches, a mixer of one block that
-is three quarters as wide as the backbone, and 5 blocks with 4 experts. Its learning rate is constant, so that every
-moment of a run stands for a shorter run.
+The network of studies.ablate: 0.6 M parameters, the paper's shape in small, with 256 patches.
 
     python train_vae.py --downsample 4 --out runs/masking_vae
     python prepare_latents.py --vae runs/masking_vae/vae.safetensors --resolutions 64 --limit 40000 --out data/masking
@@ -23,7 +21,8 @@ expert_capacity = 1.0
 batch_size = 8
 micro_batch_size = 8
 max_steps = 2500
-schedule = "constant"
+schedule = "trapezoid"
+min_learning_rate = 0.0
 learning_rate = 4e-4
 warmup_steps = 50
 weight_decay = 0.1
@@ -37,5 +36,4 @@ sample_guidance = 2.5
 log_every = 100
 eval_every = 500
 sample_every = 0
-checkpoint_every = 0        # studies.ablate keeps those that it compares
-keep_checkpoints = 100
+checkpoint_every = 500

@@ -1,6 +1,5 @@
 """
-An hour on two CPU cores: 3.6 M parameters, and an autoencoder of its own that is trained longer. Half of the patches
-are masked in the first 1,600 of 4,200 steps. docs/measured.md has its times and scores.
+An hour on two CPU cores: 3.6 M parameters, and an autoencoder of its own that is trained longer (docs/measured.md).
 
     python train_vae.py --max_steps 3200 --out runs/small_vae
     python prepare_latents.py --vae runs/small_vae/vae.safetensors --resolutions 64 --limit 40000 --out data/small64

@@ -3,8 +3,7 @@ The paper's small network for ablations, Tiny/2: 200.7 M parameters, 256 px, 75 
 
     python train.py config/tiny2_256.py
 
-For one GPU: 60,000 steps of 256 pictures are 1.1e18 FLOPs, 1.4 hours of an H100, counted and not measured. Number of
-steps, batch and learning rate are this project's choice. Give it a smaller `data` to compare ideas on.
+It is for one GPU. The number of steps, batch and learning rate are this project's choice.
 """
 from config.xl2_256 import *
 

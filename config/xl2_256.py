@@ -3,15 +3,15 @@ The paper's XL/2, 1,165.4 M parameters, phase 1 of 4: 256 px, 75 % masked, 250,0
 
     torchrun --nproc_per_node=8 train.py config/xl2_256.py
 
-1.45e20 FLOPs: 17 hours on 8 H100s, $513 at $3.75 for an hour of a GPU, an estimate from single GPUs (docs/budget.md;
-`python bench.py config/xl2_256.py` measures it on yours). The data sets: docs/datasets.md.
+Its hours and dollars are in docs/budget.md; add `--check --data random` to measure them on your GPUs. The data sets are
+in docs/datasets.md.
 """
 data = ("data/sa1b", "data/cc12m", "data/textcaps", "data/journeydb", "data/diffusiondb")
 val_data = ("data/coco",)
 latent_size = 32            # 256 px with an autoencoder that shrinks pictures by 8
 # the network is train.py's default: XL/2
 batch_size = 2048
-micro_batch_size = 256      # 72 GB on a GPU, as measured; 128 takes 50 GB and 9 % longer
+micro_batch_size = 256      # 72 GB, as measured on one GPU; 128 takes 50 GB and 9 % longer
 max_steps = 250_000
 mask_ratio = 0.75
 learning_rate = 2.4e-4

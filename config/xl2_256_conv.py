@@ -5,8 +5,7 @@ one is kept. Not the paper's: 1,165.5 M parameters, never trained at this size.
     torchrun --nproc_per_node=8 train.py config/xl2_256_conv.py
     torchrun --nproc_per_node=8 train.py config/xl2_256_unmasked.py --init_from runs/xl2_256_conv --mixer_conv true
 
-By count 1.1 % more time than the paper's, and 75 GB; not measured. Phases 3 and 4 take `--mixer_conv true`, too, and
-phase 3 `--mask grouped`.
+Phases 3 and 4 take `--mixer_conv true`, too, and phase 3 `--mask grouped`.
 """
 from config.xl2_256 import *
 

@@ -2,8 +2,6 @@
 The paper's XL/2, 1,165.4 M parameters, phase 2 of 4: 256 px, whole pictures, 30,000 steps of 2,048.
 
     torchrun --nproc_per_node=8 train.py config/xl2_256_unmasked.py          # after config/xl2_256.py
-
-4.39e19 FLOPs: 5.1 hours on 8 H100s, $152, from the steps of one.
 """
 from config.xl2_256 import *
 

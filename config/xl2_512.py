@@ -3,9 +3,8 @@ The paper's XL/2, 1,165.4 M parameters, phase 3 of 4: 512 px, 75 % masked, 50,00
 
     torchrun --nproc_per_node=8 train.py config/xl2_512.py                   # after config/xl2_256_unmasked.py
 
-1.10e20 FLOPs: 12 hours on 8 H100s, $363, an estimate from single GPUs. Starts from the weights alone; positions are at
-half the distance, so that the four times as many patches cover the same range. Of CC12M only pictures of 512 px and
-more.
+It starts from the weights alone. Positions are at half the distance, so that the four times as many patches cover the
+same range. Of CC12M it takes only pictures of 512 px and more.
 """
 from config.xl2_256 import *
 

@@ -2,8 +2,6 @@
 The paper's XL/2, 1,165.4 M parameters, phase 4 of 4: 512 px, whole pictures, 5,000 steps of 2,048.
 
     torchrun --nproc_per_node=8 train.py config/xl2_512_unmasked.py          # after config/xl2_512.py
-
-3.07e19 FLOPs: 3.5 hours on 8 H100s, $106, from the steps of one.
 """
 from config.xl2_512 import *
 

@@ -1,7 +1,4 @@
-"""
-What `train.py --check` finds out before a run of days: links between the processes, the speed of a step, memory, room
-for checkpoints, hours and dollars. It writes nothing.
-"""
+"""What `train.py CONFIG --check` says before a run of days: links, speed, memory, disk, hours and dollars."""
 import math
 import shutil
 import time
@@ -10,38 +7,34 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from training.checkpoint import steps_of
-from training.log import duration
+from training.meter import duration, percent
 
 STEPS = 3       # timed after the first, which compiles
-TIGHT = 0.93    # of a GPU's memory: what is left the allocator loses between its blocks
+TIGHT = 0.93    # of a GPU's memory, as the allocator loses some
 
 
-def try_run(make_step, masked_steps, state, settings, processes):
-    """Make a few steps of a run and print a line for each finding; ValueError if it cannot be made.
-
-    make_step(masked) makes a step, and returns the norm of its gradients. masked_steps: how many of the steps that are
-    left are masked.
-    """
+def try_run(make_step, state, settings, meter, processes):
+    """Make a few steps, each by make_step(masked), and print a line for each finding; ValueError if one cannot be."""
     def say(line):
         if processes.rank == 0:
             print(line, flush=True)
 
     if processes.world > 1:
         say(f"links: {processes.world} processes, " + all_reduce_rate(processes.device))
-    left, seconds = settings["max_steps"] - state.step, 0.0
-    parts = [("masked", True, masked_steps), ("unmasked", False, left - masked_steps)]
-    for name, masked, steps in parts:
+    max_steps, hours = settings["max_steps"], 0.0
+    masked_steps = meter.masked_steps(0, max_steps)
+    for masked, name, steps in ((True, "masked", masked_steps), (False, "unmasked", max_steps - masked_steps)):
         if steps:
             first, each = time_steps(lambda masked=masked: make_step(masked), name, processes)
-            seconds += steps * each
-            say(f"{name}: {each:.3f} s a step, {settings['batch_size'] / each:,.0f} images/s; the first took "
-                f"{duration(first)}; {steps:,} steps")
+            hours += steps * each / 3600
+            say(f"{name}: {each:.3f} s a step, {settings['batch_size'] / each:,.1f} images/s, MFU "
+                f"{percent(meter.utilization(meter.flops[masked], each))}; the first took {duration(first)}; "
+                f"{steps:,} steps")
+    dollars = f", ${settings['price'] * processes.world * hours:,.0f}" if settings["price"] else ""
     say(f"memory: {memory(state, processes.device)}")
     say(f"disk: {disk(state, settings)}")
-    price = f", ${settings['price'] * processes.world * seconds / 3600:,.0f}" if settings["price"] else ""
-    say(f"in all: {duration(seconds)}{price}, without validation, pictures and checkpoints. Nothing was written: "
-        "without --check the run starts")
+    say(f"in all: {max_steps:,} steps, {hours:,.1f} hours{dollars}, without validation, pictures and checkpoints. "
+        "Nothing was written: without --check the run starts")
 
 
 def time_steps(step, name, processes):
@@ -52,12 +45,8 @@ def time_steps(step, name, processes):
     norms += [norm.item() for norm in [step() for _ in range(STEPS)]]
     each = (time.perf_counter() - began) / STEPS
     if not all(map(math.isfinite, norms)):
-        raise ValueError(f"the gradients of {name} steps are not finite, from the start: look at the data and at "
-                         "--init_from, or try a lower learning_rate")
-    slowest = torch.tensor([first, each], dtype=torch.float64)
-    if processes.world > 1:
-        dist.all_reduce(slowest, dist.ReduceOp.MAX, processes.group)
-    return slowest.tolist()
+        raise ValueError(f"the gradients of {name} steps are not finite: try a lower learning_rate")
+    return [max(values) for values in zip(*processes.gather((first, each)))]
 
 
 def all_reduce_rate(device):
@@ -74,25 +63,24 @@ def all_reduce_rate(device):
 def memory(state, device):
     """Say what the steps took; ValueError if the average that comes later will not fit."""
     if device.type != "cuda":
-        return "not measured without a GPU"
-    most, there = torch.cuda.max_memory_reserved(device), torch.cuda.get_device_properties(device).total_memory
+        import resource  # which Windows lacks
+        return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:,.1f} GB at most in this process"
+    most, total = torch.cuda.max_memory_reserved(device), torch.cuda.get_device_properties(device).total_memory
     if state.average.decay and not state.average.net:
         most += sum(p.nbytes for p in state.net.parameters())
-    if most > TIGHT * there:
-        raise ValueError(f"memory: {most / 1e9:.1f} of {there / 1e9:.1f} GB on {device} is too close: halve "
-                         "micro_batch_size")
-    return f"{most / 1e9:.1f} of {there / 1e9:.1f} GB on {device}, with what the run will keep later"
+    line = f"{most / 1e9:.1f} of {total / 1e9:.1f} GB on {device}, with what the run will hold later"
+    if most > TIGHT * total:
+        raise ValueError(f"memory: {line}, is too much: halve micro_batch_size, which makes the same run")
+    return line
 
 
 def disk(state, settings):
     """Say what checkpoints take; ValueError if the disk has no room for them."""
     size = sum(p.nbytes for p in state.net.parameters()) * (1 + (settings["ema_decay"] > 0))
     size += sum(t.nbytes for t in state.optimizer.tensors().values())
-    out = Path(settings["out"]).absolute()
-    folder = next(p for p in (out, *out.parents) if p.exists())
+    folder = next(p for p in (Path(settings["out"]), *Path(settings["out"]).absolute().parents) if p.exists())
     most, free = settings["keep_checkpoints"] + 1, shutil.disk_usage(folder).free  # one more while it is written
-    new = max(1, most - len(steps_of(out)))
-    if new * size > free:
-        raise ValueError(f"{new} more checkpoints of {size / 1e6:,.0f} MB do not fit on the disk of {folder}, where "
+    if most * size > free:
+        raise ValueError(f"{most} checkpoints of {size / 1e6:,.0f} MB do not fit on the disk of {folder}, where "
                          f"{free / 1e6:,.0f} MB are free: free some, or lower keep_checkpoints")
     return f"checkpoints of {size / 1e6:,.0f} MB, at most {most} at a time; {free / 1e9:,.1f} GB free in {folder}"

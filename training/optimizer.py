@@ -1,11 +1,7 @@
 """
-The optimizers' step and the moving average of the weights.
-
-If a gradient is not finite, neither weights nor average change. That is decided on the device: the CPU never waits.
-
-Muon (Jordan et al. 2024): momentum whose update is made orthogonal, one matrix at a time, by a Newton-Schulz iteration.
-torch.optim.Muon does so one matrix after another, and refuses the experts' three-dimensional weights. Here all matrices
-of one shape go through the iteration as one batch: docs/log.md has the times.
+The optimizers' step and the moving average of the weights. If a gradient is not finite, neither of them changes, which
+is decided on the device. Muon (Jordan et al. 2024) makes the update of each matrix orthogonal. Other than torch's, this
+one takes all matrices of a shape as one batch, and the experts' three-dimensional weights.
 """
 import copy
 
@@ -15,9 +11,7 @@ import torch
 class Muon(torch.optim.Optimizer):
     """Takes params of shape (..., rows, columns), or of convolutions, (O,I,h,w), as matrices of O rows.
 
-    Updates are scaled to suit AdamW's lr and weight_decay.
-
-    As with torch's fused AdamW, nothing changes in a step when the attribute found_inf is set to a tensor that is true.
+    Updates suit AdamW's lr and weight_decay. As in its fused form, nothing changes while found_inf is true.
     """
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.95):
@@ -53,38 +47,15 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonal(matrices, steps=5):
     """Return about U V^T of each matrix (n, rows, columns), where U S V^T is its singular value decomposition."""
-    x = matrices.bfloat16() if fast_bfloat16(matrices.device) else matrices  # which is enough for a direction
-    tall = x.shape[1] > x.shape[2]
-    if tall:
-        x = x.mT
+    # bfloat16 is enough for a direction; on a CPU without AVX-512 it takes 10 to 60 times as long
+    fast = matrices.device.type != "cpu" or "AVX512" in torch.backends.cpu.get_cpu_capability()
+    x, tall = matrices.bfloat16() if fast else matrices, matrices.shape[1] > matrices.shape[2]
+    x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    if x.dtype == torch.float32 and x.shape[2] > 1.5 * x.shape[1]:
-        x = product_of_steps(x @ x.mT, steps) @ x
-    else:
-        for _ in range(steps):  # the quintic whose coefficients lift small singular values fastest
-            gram = x @ x.mT
-            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+    for _ in range(steps):  # the quintic whose coefficients lift small singular values fastest
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
     return (x.mT if tall else x).to(matrices.dtype)
-
-
-def product_of_steps(gram, steps):
-    """Return what all steps multiply a wide matrix by, from its Gram matrix alone: fewer products where it is wide.
-
-    Each step's polynomial commutes with the Gram matrix, which it takes to polynomial^2 * gram.
-    """
-    product = None
-    for i in range(steps):
-        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
-        polynomial.diagonal(dim1=1, dim2=2).add_(3.4445)
-        product = polynomial if product is None else polynomial @ product
-        if i < steps - 1:
-            gram = polynomial @ gram @ polynomial
-    return product
-
-
-def fast_bfloat16(device):
-    """Return whether bfloat16 is the faster one there: on a CPU without AVX-512 it takes 10 to 60 times as long."""
-    return device.type != "cpu" or "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
 def is_block_matrix(name, parameter):
@@ -94,8 +65,7 @@ def is_block_matrix(name, parameter):
 
 
 class Optimizer:
-    """Is AdamW, or with kind "muon" Muon for the parameters that is_matrix(name, parameter) names, AdamW for all else.
-    """
+    """Is AdamW, or with kind "muon" Muon where is_matrix(name, parameter) is true, and AdamW for all else."""
 
     def __init__(self, net, kind, lr, *, betas, weight_decay, momentum=0.95, is_matrix=is_block_matrix):
         named = dict(net.named_parameters())
@@ -110,9 +80,9 @@ class Optimizer:
         self.skipped, self.skipped_in_a_row = torch.zeros(2, dtype=torch.int64, device=self.device)
 
     def step(self, lr, grad_norm, zero_in_place=False):
-        """Update the weights unless the gradient's norm is not finite, and return whether it is not, as a tensor.
+        """Update the weights if the gradient's norm is finite, and return whether it is not, as a tensor.
 
-        Gradients are then dropped, or zeroed in place: DDP's are views of its buckets, which None would throw away.
+        Gradients are dropped then, or zeroed in place: DDP's are views of its buckets.
         """
         bad = ~grad_norm.isfinite()
         self.skipped = self.skipped + bad
@@ -128,38 +98,33 @@ class Optimizer:
 
     def tensors(self):
         """Return {"exp_avg.NAME OF THE PARAMETER": tensor} of everything that it remembers."""
-        found = {}
-        for optimizer, names in self.parts:
-            state = optimizer.state_dict()["state"]
-            # a parameter that never had a gradient has no state
-            found |= {f"{key}.{n}": value for i, n in enumerate(names) for key, value in state.get(i, {}).items()}
-        return found
+        return {f"{key}.{name}": value for optimizer, names in self.parts
+                for name, p in zip(names, optimizer.param_groups[0]["params"])
+                for key, value in optimizer.state.get(p, {}).items()}
 
     def load(self, tensors, where="the checkpoint"):
-        """Take over what tensors() of an optimizer of the same kind returned; ValueError if the shapes do not fit."""
-        by_parameter, shapes = {}, {n: p.shape for part, names in self.parts for n, p in zip(
-            names, part.param_groups[0]["params"])}
+        """Take over what tensors() of an optimizer of the same kind returned; ValueError if they do not fit."""
+        by_parameter = {}
         for name, value in tensors.items():
             key, _, parameter = name.partition(".")
-            if parameter not in shapes or value.shape not in (shapes[parameter], torch.Size()):
-                raise ValueError(f"{where}: tensor optimizer.{name} has shape {tuple(value.shape)}, and its parameter "
-                                 + str(tuple(shapes[parameter]) if parameter in shapes else "does not exist"))
-            by_parameter.setdefault(parameter, {})[key] = value.clone()  # not a view of a file that will be deleted
+            by_parameter.setdefault(parameter, {})[key] = value.clone()  # the file will be deleted
         for optimizer, names in self.parts:
             wanted = {"momentum_buffer"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
-            for parameter in (n for n in names if n in by_parameter):  # one that never had a gradient has no state
-                for key in sorted(wanted ^ by_parameter[parameter].keys()):
-                    raise ValueError(f"{where}: tensor optimizer.{key}.{parameter} is "
-                                     + ("missing" if key in wanted else "of another optimizer")
-                                     + ": take another checkpoint, or with --init_from leave --init_optimizer out")
-            state = {i: by_parameter[n] for i, n in enumerate(names) if n in by_parameter}
+            state = {}
+            for i, (name, p) in enumerate(zip(names, optimizer.param_groups[0]["params"])):
+                if name in by_parameter:  # one that never had a gradient has no state
+                    state[i] = by_parameter.pop(name)
+                    if state[i].keys() != wanted or any(t.shape not in (p.shape, ()) for t in state[i].values()):
+                        raise ValueError(f"{where}: the optimizer's state of {name} is damaged, or of another kind")
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        for name in by_parameter:
+            raise ValueError(f"{where}: the optimizer's state is of another network, which has a parameter {name}")
 
 
 class Average:
-    """Keeps the moving average (EMA) of the weights: w_avg += (1 - decay) (w - w_avg).
+    """Keeps the moving average (EMA) of the weights, from step `start` on: w_avg += (1 - decay) (w - w_avg).
 
-    It begins at step `start` as a copy of them. net is None until then, and always with decay 0.
+    net is None until then, and always with decay 0.
     """
 
     def __init__(self, decay, start):
