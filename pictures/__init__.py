@@ -1,1 +1,1 @@
-"""Where pictures and captions come from: folders, archives, lists, and the drawn set with its reader."""
+"""Where pictures and captions come from: folders, archives, the built-in set; the prepared format."""

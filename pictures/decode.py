@@ -1,6 +1,6 @@
-"""
-A picture file -> square RGB arrays. This runs in the worker processes of prepare_latents.py and imports no torch.
-"""
+"""A picture file -> square RGB arrays, in processes that import no torch."""
+import contextlib
+import functools
 import io
 import itertools
 import multiprocessing
@@ -10,7 +10,7 @@ import signal
 import sys
 import warnings
 from collections import deque
-from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -20,36 +20,26 @@ from common.images import open_image
 from common.machine import exit_with_parent
 
 MOST_SIDE = 65_500  # pixels, as in a JPEG
-
-# load() makes an error of it, for which a filter would not do: threads share the filters
+# load_picture() makes an error of it
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class Unusable(Exception):
-    """A picture that is skipped, with the reason"""
+    """Says why a picture is skipped. It stands in its place."""
 
 
-class Lost(str):
-    """In the place of a picture that could not even be found or read: the reason"""
-
-
-def squares(picture, resolutions, shortest):
-    """Return (width, height, [uint8 (r,r,3) for each resolution r]) of a Path, a file's bytes, or an image.
-
-    The shorter side is resized to r (bicubic), then the centre is cut out. Return an Unusable if that cannot be done.
-    """
-    if isinstance(picture, Lost):
-        return Unusable(picture)
+def squares(picture, resolutions):
+    """Return (width, height, [uint8 (r,r,3) of each resolution]) of a Path, a file's bytes or an image, or Unusable."""
+    if isinstance(picture, Unusable):
+        return picture
     try:
-        image = picture if isinstance(picture, Image.Image) else load(picture, shortest)
+        image = picture if isinstance(picture, Image.Image) else load_picture(picture, min(resolutions))
         return image.width, image.height, [square(image, r) for r in resolutions]
     except Unusable as reason:
         return reason
-    except MemoryError:
-        return Unusable("no memory for it")
 
 
-def load(picture, shortest):
+def load_picture(picture, shortest):
     """Open a picture as RGB, upright, with white behind what is transparent."""
     try:
         with open_image(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
@@ -58,23 +48,18 @@ def load(picture, shortest):
             if min(image.size) < shortest:
                 raise Unusable(f"too small: {image.width} x {image.height}, the shorter side must have {shortest}")
             image.load()
-            return to_rgb(upright(image))
+            with contextlib.suppress(Exception):  # the orientation tag may be damaged, the picture is not
+                image = ImageOps.exif_transpose(image)
+            return to_rgb(image)
     except Unusable:
         raise
     except Exception as error:  # decoders raise whatever a damaged file provokes
         raise Unusable(f"{type(error).__name__}: {error}") from None
 
 
-def upright(image):
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:
-        return image  # the orientation tag is damaged, the picture is not
-
-
 def to_rgb(image):
     if image.mode in ("F", "I"):
-        raise Unusable("its pixels have 32 bits, and nothing says how much is white: convert it to 8 bits")
+        raise Unusable("its pixels have 32 bits, which may mean anything")
     if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip
         image = Image.fromarray((np.asarray(image, np.float32) / 257).round().clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -84,6 +69,7 @@ def to_rgb(image):
 
 
 def square(image, side):
+    """Resize the shorter side (bicubic), and cut the centre out."""
     if image.size != (side, side):
         scale = side / min(image.size)
         image = image.resize([max(side, round(n * scale)) for n in image.size], Image.Resampling.BICUBIC)
@@ -93,75 +79,51 @@ def square(image, side):
 
 
 def copies(name, squares, flips, shifts):
-    """Yield (name, squares) of a picture, and of its copies: one that is mirrored, and `shifts` that are moved.
-
-    Those are moved by up to a twelfth of the side, at random but the same for the same name, with what is at the border
-    repeated; with flips every second one is mirrored too.
-    """
+    """Yield (name, squares) of a picture and its copies: a mirrored one, and `shifts` that are moved a little."""
+    mirrored = [s[:, ::-1] for s in squares]
     yield name, squares
     if flips:
-        yield f"{name} mirrored", [s[:, ::-1] for s in squares]
+        yield f"{name} mirrored", mirrored
     rng = random.Random(name)
     for i in range(shifts):
         dx, dy = ((2 * rng.random() - 1) / 12 for _ in "xy")
-        kept = [s[:, ::-1] if flips and i % 2 else s for s in squares]
-        yield f"{name} moved {i + 1}", [moved(s, round(dx * len(s)), round(dy * len(s))) for s in kept]
+        yield f"{name} moved {i + 1}", [moved(s, dx, dy) for s in (mirrored if flips and i % 2 else squares)]
 
 
 def moved(square, dx, dy):
-    rows, columns = ((np.arange(len(square)) - d).clip(0, len(square) - 1) for d in (dy, dx))
+    """Move a picture by parts of its side, and repeat its border."""
+    n = len(square)
+    rows, columns = ((np.arange(n) - round(d * n)).clip(0, n - 1) for d in (dy, dx))
     return square[rows][:, columns]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# In worker processes
+class Workers:
+    """Calls squares() in n processes; -1: one for each core; 0: here. A picture that ends one costs only itself."""
+
+    def __init__(self, n):
+        if n < 0:
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            n = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        self.n, self.pool = n, n and new_pool(n, "fork" if sys.platform == "linux" else "spawn")
+        if n:
+            self.pool.submit(int).result()  # which starts them, before there are threads or a GPU
+
+    def begin(self, *args):
+        """Begin with squares(*args); return a function that gives its result."""
+        if not self.n:
+            return functools.partial(squares, *args)
+        with contextlib.suppress(BrokenExecutor):
+            return functools.partial(result, self.pool.submit(squares, *args), args)
+        self.pool = new_pool(self.n)
+        return self.begin(*args)
+
+    def close(self):
+        if self.n:
+            self.pool.shutdown(cancel_futures=True)
 
 
-class InThisProcess(Executor):
-    """Stand in for a pool of worker processes where there are none."""
-
-    def submit(self, function, *args):
-        future = Future()
-        future.set_result(function(*args))
-        return future
-
-
-class Workers(Executor):
-    """A pool of n processes, which goes on when a picture has ended one of them."""
-
-    def __init__(self, n, method):
-        self.n, self.method = n, method
-        self.start()
-
-    def start(self):
-        self.pool = ProcessPoolExecutor(self.n, multiprocessing.get_context(self.method), begin_worker)
-
-    def submit(self, function, *args):
-        try:
-            return self.pool.submit(function, *args)
-        except BrokenExecutor:
-            self.method = "spawn"  # by now there may be threads and a GPU, with which a process must not be forked
-            self.start()
-            return self.pool.submit(function, *args)
-
-    def shutdown(self, wait=True, *, cancel_futures=False):
-        self.pool.shutdown(wait, cancel_futures=cancel_futures)
-
-
-def start_workers(n):
-    """Start n processes that decode pictures, or for -1 as many as this process has cores to itself.
-
-    They are forked on Linux, so start them before there are threads or a GPU.
-    """
-    if n < 0:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        n = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    if n == 0:
-        return InThisProcess()
-    method = "fork" if sys.platform == "linux" else "spawn"
-    pool = Workers(n, method)
-    pool.submit(int).result()
-    return pool
+def new_pool(n, method="spawn"):  # by now there may be threads and a GPU, with which none must be forked
+    return ProcessPoolExecutor(n, multiprocessing.get_context(method), begin_worker)
 
 
 def begin_worker():
@@ -169,53 +131,36 @@ def begin_worker():
     exit_with_parent()
 
 
-def decode_ahead(pictures, pool, ahead, resolutions, shortest):
-    """Yield each (shard, (name, picture, caption)) with what squares() gives for the picture; (shard, None) stays.
-
-    The next `ahead` pictures are decoded in the meantime.
-    """
-    waiting = deque()
-    for shard, entry in itertools.chain(pictures, [(None, None)] * ahead):  # so many, to push out the last ones
-        if entry:
-            name, picture, caption = entry
-            args = squares, picture, resolutions, shortest
-            entry = name, (pool.submit(*args), args), caption
-        waiting.append((shard, entry))
-        if len(waiting) > ahead:
-            shard, entry = waiting.popleft()
-            yield shard, entry and (entry[0], outcome(*entry[1]), entry[2])
-
-
-def outcome(future, args):
-    """Return the future's result. If a process has ended over it or over another picture, try it again alone."""
-    try:
+def result(future, args):
+    """Return the future's result. If a process has ended over this or another picture, try again alone."""
+    with contextlib.suppress(BrokenExecutor):
         return future.result()
-    except BrokenExecutor:
-        with Workers(1, "spawn") as alone:
-            try:
-                return alone.submit(*args).result()
-            except BrokenExecutor:
-                return Unusable("decoding it ends the process: for want of memory, or by an error in its decoder")
+    with new_pool(1) as alone, contextlib.suppress(BrokenExecutor):
+        return alone.submit(squares, *args).result()
+    return Unusable("decoding it ends the process")
+
+
+def decode_ahead(entries, workers, ahead, resolutions):
+    """Yield (name, what squares() gives, caption) of each entry; the next ones, `ahead`, are being decoded."""
+    waiting = deque()
+    for name, picture, caption in entries:
+        waiting.append((name, workers.begin(picture, resolutions), caption))
+        if len(waiting) > ahead:
+            name, result, caption = waiting.popleft()
+            yield name, result(), caption
+    yield from ((name, result(), caption) for name, result, caption in waiting)
 
 
 def read_squares(parts, limit, side, workers):
-    """Decode the first `limit` pictures of a source's parts into uint8 (n, side, side, 3); ValueError if under two.
-
-    What cannot be used, or has a shorter side than `side`, is skipped, and counted on the console.
-    """
-    samples = itertools.chain.from_iterable(part.samples(lambda position: True) for part in parts)
-    entries = itertools.islice(itertools.chain.from_iterable(samples), limit)
-    found, skipped = [], []
-    with start_workers(workers) as pool:
-        decoded = decode_ahead(((None, entry) for entry in entries), pool, 64, (side,), side)
-        for _, (name, picture, _) in tqdm(decoded, desc="reading pictures", unit=""):
-            if isinstance(picture, Unusable):
-                skipped.append(f"{name}: {picture}")
-            else:
-                found.append(picture[2][0])
-    first = f", {len(skipped):,} cannot be used, the first is {skipped[0]}" if skipped else ""
-    if len(found) < 2:
-        raise ValueError(f"{len(found)} pictures are too few{first}: at least 2 are needed")
-    if skipped:
-        print(f"{len(found):,} pictures{first}")
-    return np.stack(found)
+    """Decode the first `limit` pictures of the parts into uint8 (n, side, side, 3)."""
+    entries = itertools.islice(itertools.chain.from_iterable(part.entries() for part in parts), limit)
+    with contextlib.closing(Workers(workers)) as pool:
+        decoded = list(tqdm(decode_ahead(entries, pool, 64, (side,)), "reading pictures", unit=""))
+    usable = [picture[2][0] for _, picture, _ in decoded if not isinstance(picture, Unusable)]
+    skipped = [f"{name}: {picture}" for name, picture, _ in decoded if isinstance(picture, Unusable)]
+    report = f"{len(usable):,} pictures" + (
+        f", {len(skipped):,} cannot be used, the first is {skipped[0]}" if skipped else "")
+    if len(usable) < 2:
+        raise ValueError(f"{report}: at least 2 are needed")
+    print(report)
+    return np.stack(usable)

@@ -1,13 +1,11 @@
 """
-The built-in captioned picture set: coloured shapes on coloured backgrounds, drawn, so nothing is downloaded; and a
-reader that names what a picture shows, so that a network trained on the set can be scored without another network.
+The built-in set: coloured shapes with captions, and a reader of such pictures, by which networks are scored.
 
-    image, caption, attributes = shapes.scene(seed)        # "a small red circle left of a large blue square on a ..."
-    shapes.read(image) == attributes                        # True
+    image, caption, attributes = shapes.scene(seed)
+    shapes.read(image) == attributes
 
 Attributes are {"background": colour, "objects": [{"size", "color", "shape"}, ...], "relation": "left of", "above" or
-None}. A picture shows two objects but not which one its caption named first. So the attributes always name the left or
-upper object first, and "right of" and "below" exist in captions alone.
+None}. They name the left or upper object first, so "right of" and "below" exist in captions alone.
 """
 import random
 from collections import Counter
@@ -29,22 +27,20 @@ INSIDE = {"circle": lambda u, v: u * u + v * v <= 1,
           "cross": lambda u, v: (np.minimum(abs(u), abs(v)) <= 0.3) & (np.maximum(abs(u), abs(v)) <= 1),
           "ring": lambda u, v: (u * u + v * v <= 1) & (u * u + v * v >= 0.3)}
 SHAPES = tuple(INSIDE)
-RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-# Pairs never drawn unless asked for (12.5 %): can the network compose what it only saw apart?
+RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}  # axis, sign of the distance
+# Pairs that no scene has unless asked for: can the network compose what it only saw apart?
 HELD_OUT = (("red", "triangle"), ("orange", "bar"), ("yellow", "circle"), ("green", "cross"), ("blue", "ring"),
             ("purple", "square"))
 PAIRS = tuple((color, shape) for color in COLORS for shape in SHAPES if (color, shape) not in HELD_OUT)
 TWO_OBJECTS = 0.3  # share of the scenes
 MARGIN, GAP = 0.03, 0.1  # objects keep this far from the border, and from each other
-SUPERSAMPLE = 8     # antialiasing: points per pixel and axis
+SUPERSAMPLE = 8  # antialiasing: points per pixel and axis
 
 
 def scene(seed, held_out=False, size=32):
-    """Return (PIL image of size x size, caption, attributes) of a seed; held_out: every object is a HELD_OUT pair."""
-    # Random.random() is the one method whose sequence Python promises to keep across versions
-    rng = random.Random(seed)
-    objects = [draw_object(rng, held_out)]
-    relation = None
+    """Return (PIL image, caption, attributes) of a seed; held_out: every object is a HELD_OUT pair."""
+    rng = random.Random(seed)  # random() is the one method whose sequence Python promises to keep across versions
+    objects, relation = [draw_object(rng, held_out)], None
     if rng.random() < TWO_OBJECTS:
         relation = pick(rng, tuple(RELATIONS))
         first, second = objects[0], objects[0]
@@ -57,7 +53,7 @@ def scene(seed, held_out=False, size=32):
     names = [f"a {o['size']} {o['color']} {o['shape']}" for o in objects]
     caption = f" {relation} ".join(names) + f" on a {background} background"
     image = render(background, objects, centers, size)
-    if relation in ("right of", "below"):  # the same picture, told from the other object
+    if relation in ("right of", "below"):  # of the same picture the attributes name the other object first
         objects, relation = objects[::-1], {"right of": "left of", "below": "above"}[relation]
     return image, caption, {"background": background, "objects": objects, "relation": relation}
 
@@ -72,28 +68,26 @@ def draw_object(rng, held_out):
 
 
 def place(rng, radii, relation):
-    """Return centres in [0, 1]^2, uniform over the places where the objects fit and a relation is plain."""
+    """Return centres in [0, 1]^2, uniform where the objects fit and their relation is plain."""
     while True:
         centers = [tuple(r + MARGIN + rng.random() * (1 - 2 * (r + MARGIN)) for _ in "xy") for r in radii]
         if relation is None:
             return centers
-        dx, dy = (a - b for a, b in zip(*centers))
-        along, across = (dx, dy) if RELATIONS[relation][0] else (dy, dx)
-        along *= sum(RELATIONS[relation])
-        if along >= sum(radii) + GAP and along >= abs(across) + GAP:
+        axis, sign = RELATIONS[relation]
+        distance = np.subtract(*centers)
+        if sign * distance[axis] >= max(sum(radii), abs(distance[1 - axis])) + GAP:
             return centers
 
 
 def coverage(shape, radius, center, size):
-    """Return how much of each pixel the shape covers, (size, size) in [0, 1]; radius and center are in pixels."""
-    first, last = ([int(np.clip(c + side * radius + shift, 0, size)) for c in center]
-                   for side, shift in ((-1, 0), (1, 1)))  # the pixels that the shape can touch
-    axis = (np.arange(size * SUPERSAMPLE) + 0.5) / SUPERSAMPLE
-    u, v = ((axis[a * SUPERSAMPLE:b * SUPERSAMPLE] - c) / radius for a, b, c in zip(first, last, center))
-    hit = INSIDE[shape](u[None, :], v[:, None])
+    """Return how much of each pixel (size, size) the shape covers; radius and center are in pixels."""
+    # the pixels that the shape can touch
+    columns, rows = (range(max(0, int(c - radius)), min(size, int(c + radius + 1))) for c in center)
+    u, v = ((np.arange(touched.start, touched.stop, 1 / SUPERSAMPLE) + 0.5 / SUPERSAMPLE - c) / radius
+            for touched, c in zip((columns, rows), center))
+    hit = INSIDE[shape](u[None, :], v[:, None]).reshape(len(rows), SUPERSAMPLE, len(columns), SUPERSAMPLE)
     alpha = np.zeros((size, size))
-    alpha[first[1]:last[1], first[0]:last[0]] = hit.reshape(len(v) // SUPERSAMPLE, SUPERSAMPLE, -1,
-                                                            SUPERSAMPLE).mean((1, 3))
+    alpha[rows.start:rows.stop, columns.start:columns.stop] = hit.mean((1, 3))
     return alpha
 
 
@@ -105,16 +99,8 @@ def render(background, objects, centers, size):
     return Image.fromarray(picture.round().astype(np.uint8))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading a picture
-
-
 def read(image):
-    """Return the attributes of a picture, or None where it shows no object of the set on a background of the set.
-
-    All objects that it shows are listed, however many. Where one has a colour but no clear outline, its size or shape
-    is None; the relation is None unless there are two.
-    """
+    """Return the attributes of a picture, of which size and shape may be None; None if it shows nothing of the set."""
     pixels = np.asarray(image.convert("RGB"), float)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     background = nearest(np.median(border, 0), BACKGROUNDS)
@@ -129,29 +115,37 @@ def read(image):
     if not objects or not all(o["color"] for o, _ in objects):
         return None
     if len(objects) == 2:
-        dx, dy = objects[1][1] - objects[0][1]
-        relation = "left of" if abs(dx) > abs(dy) else "above"
-        if (dx if relation == "left of" else dy) < 0:
+        distance = objects[1][1] - objects[0][1]
+        axis = int(abs(distance[0]) <= abs(distance[1]))
+        relation = ("left of", "above")[axis]
+        if distance[axis] < 0:
             objects.reverse()
     return {"background": background, "objects": [o for o, _ in objects], "relation": relation}
 
 
-def nearest(color, palette, limit=70):
-    """Return the palette's nearest colour, or None if that is further than `limit` in RGB."""
+def nearest(color, palette):
+    """Return the palette's nearest colour, or None if that is further than 70 in RGB."""
     distance = {name: np.linalg.norm(color - np.array(rgb, float)) for name, rgb in palette.items()}
     name = min(distance, key=distance.get)
-    return name if distance[name] <= limit else None
+    return name if distance[name] <= 70 else None
 
 
 def large_regions(mask):
     """Return the connected regions that are no specks: the smallest object covers 0.04 of the picture."""
-    return [region for region in connected(mask) if region.sum() >= 0.02 * mask.size]
+    # each point has a number, and the largest spreads
+    labels, before = np.where(mask, 1 + np.arange(mask.size).reshape(mask.shape), 0), None
+    while before is None or (labels != before).any():
+        before, near = labels, np.pad(labels, 1)
+        spread = [near[1:-1, 1:-1], near[:-2, 1:-1], near[2:, 1:-1], near[1:-1, :-2], near[1:-1, 2:]]
+        labels = np.where(mask, np.max(spread, 0), 0)
+    numbers, sizes = np.unique(labels[mask], return_counts=True)
+    return [labels == n for n in numbers[sizes >= 0.02 * mask.size]]
 
 
 def split_by_color(pixels, region):
     """Return [region], or its parts of one colour each: objects that touch are still two objects."""
     colors = np.array(list(COLORS.values()), float)
-    distance = np.linalg.norm(pixels[:, :, None] - colors, axis=-1)                       # (H, W, colours)
+    distance = np.linalg.norm(pixels[:, :, None] - colors, axis=-1)  # (H, W, colours)
     # near enough to a colour that no antialiased edge is taken for an object
     clear = [i for i in range(len(colors)) if large_regions(region & (distance[..., i] < 35))]
     if len(clear) < 2:
@@ -160,24 +154,8 @@ def split_by_color(pixels, region):
     return [part for i in range(len(clear)) for part in large_regions(region & (owner == i))]
 
 
-def connected(mask):
-    """Return the 4-connected regions of a boolean picture."""
-    left, regions = set(zip(*np.nonzero(mask))), []
-    while left:
-        stack, region = [left.pop()], np.zeros_like(mask)
-        while stack:
-            y, x = stack.pop()
-            region[y, x] = True
-            for near in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
-                if near in left:
-                    left.remove(near)
-                    stack.append(near)
-        regions.append(region)
-    return regions
-
-
 def read_object(pixels, back, region):
-    """Return ({"size", "color", "shape"}, centre) of a region: its inside's colour, the best fitting template."""
+    """Return ({"size", "color", "shape"}, centre) of a region: its inside's colour, the template that fits best."""
     side = len(pixels)
     distance = np.where(region, np.linalg.norm(pixels - back, axis=-1), 0)
     core = distance >= 0.8 * np.percentile(distance[region], 90)  # antialiased edges lie nearer to the background
@@ -205,54 +183,46 @@ def read_object(pixels, back, region):
     rival = min(other for (_, another), (other, _) in errors.items() if another != shape)
     clear = error <= 0.3 and error <= 0.8 * rival  # of a smeared outline many shapes are about equally right
     # an error of 1 is that of an empty picture; of a network's rough outlines the size is the first to be legible
-    return {"size": size if error <= 0.8 else None, "color": nearest(mean, COLORS),
-            "shape": shape if clear else None}, center
+    size, shape = size if error <= 0.8 else None, shape if clear else None
+    return {"size": size, "color": nearest(mean, COLORS), "shape": shape}, center
 
 
 @cache
 def templates(shape, radius):
-    """Return what a shape covers of a small window, (49, n, n), its centre moved in half pixels; the sums of squares
-    (49,); and how far the centre was moved (49, 2)."""
+    """Return what a shape covers of a window (49,n,n), the sums of squares (49,), the centre's shifts (49,2)."""
     window = 2 * int(radius + 3)
     shifts = [np.array([x, y]) for x in np.arange(-1, 2.1, 0.5) for y in np.arange(-1, 2.1, 0.5)]
     covers = np.stack([coverage(shape, radius, window / 2 + shift, window) for shift in shifts])
     return covers, (covers * covers).sum((1, 2)), shifts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Scoring
-
-
 def score(images, wanted):
     """Count how often the pictures show the wanted attributes: {name: (right, of)}.
 
-    background and relation per picture, size, color, shape and color+shape per object, all: the whole picture. A
-    picture that cannot be read is all wrong; one that shows another number of objects has all its objects wrong. With
-    two objects the better of both pairings counts, so that a wrong relation alone does not spoil the rest.
+    background and relation count per picture, size, color, shape and color+shape per object, all for a picture without
+    an error. Where the number of objects is wrong, all of them are.
     """
     right, of = Counter(), Counter()
     for image, want in zip(images, wanted, strict=True):
         seen = read(image) or {"background": None, "objects": [], "relation": None}
-        of.update(background=1, relation=int(want["relation"] is not None), all=1)
-        of.update(dict.fromkeys(("color", "size", "shape", "color+shape"), len(want["objects"])))
-        right.update(background=int(seen["background"] == want["background"]), all=int(seen == want),
-                     relation=int(want["relation"] is not None and same_relation(seen, want)))
+        related = want["relation"] is not None
+        of.update(["background", "all"] + ["relation"] * related)
+        of.update(["color", "size", "shape", "color+shape"] * len(want["objects"]))
+        right.update(["background"] * (seen["background"] == want["background"]) + ["all"] * (seen == want))
+        # the axis, and the order of the colours along it
+        along = [(a["relation"], [o["color"] for o in a["objects"]]) for a in (seen, want)]
+        right.update(["relation"] * (related and along[0] == along[1]))
         right.update(best_matches(seen["objects"], want["objects"]))
     names = ("background", "color", "size", "shape", "color+shape", "relation", "all")
     return {name: (right[name], of[name]) for name in names}
 
 
 def best_matches(seen, want):
-    """Count the right attributes, in the pairing of objects that has most of them."""
-    counts = [Counter()]
-    for order in (seen, seen[::-1]) if len(seen) == len(want) else ():
+    """Return the names of the right attributes, in the pairing of objects that has most of them."""
+    if len(seen) != len(want):
+        return []
+    pairings = []
+    for order in (seen, seen[::-1]):
         right = [[name for name in ("color", "size", "shape") if a[name] == b[name]] for a, b in zip(order, want)]
-        counts.append(Counter(name for names in right for name in names))
-        counts[-1]["color+shape"] = sum({"color", "shape"} <= {*names} for names in right)
-    return max(counts, key=Counter.total)
-
-
-def same_relation(seen, want):
-    """Return whether the axis is right, and the order of the colours along it."""
-    return (seen["relation"] == want["relation"]
-            and [o["color"] for o in seen["objects"]] == [o["color"] for o in want["objects"]])
+        pairings.append(sum(right, []) + ["color+shape"] * sum({"color", "shape"} <= {*names} for names in right))
+    return max(pairings, key=len)
