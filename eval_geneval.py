@@ -1,31 +1,19 @@
 """
 GenEval scores of pictures in its official folder layout, without mmdetection: Mask2Former and CLIP of transformers.
 
-    python eval_geneval.py --images samples/geneval                          # needs scipy besides: pip install scipy
-    torchrun --nproc_per_node=8 eval_geneval.py --images samples/geneval     # the pictures shared out
-    python eval_geneval.py --images samples/geneval --detections mine.jsonl  # objects that another detector found
+    pip install scipy && python eval_geneval.py --images samples/geneval
+    torchrun --nproc_per_node=8 eval_geneval.py --images samples/geneval
 
-The layout is what sample.py writes: 00000/metadata.jsonl, 00000/samples/0000.png and so on. Beside `out`, NAME.json,
-are written NAME.results.jsonl (every picture's verdict, as the official evaluator's) and NAME.detections.jsonl (all
-objects that were found). NAME.detections/ has a file for each picture, with which a run that was stopped goes on. The
-detector has the official architecture and weights of its own: scores are close to published ones, not equal.
+OUT/geneval.json has the scores; docs/evaluation.md says what else is there.
 """
 from common.machine import exit_with_launcher
 from configurator import configure
 
-images = ""                  # folder in the official layout
-detections = ""              # score these instead of running the detector: for each picture a line
-                             # {"filename": "00000/samples/0000.png", "width", "height", "objects": [{"class", "score",
-                             # "box", "color"}]}; a first line may say {"detector": what made them}
-detector = "facebook/mask2former-swin-small-coco-instance"  # hub id or folder
-clip = "openai/clip-vit-large-patch14"                      # names the colors; hub id or folder
-out = ""                     # the scores go to this JSON file; empty: geneval.json in the folder of the images
-threshold = 0.3              # objects with higher scores count (>= 0, <= 1)
-counting_threshold = 0.9     # the same for the task "counting" (>= 0, <= 1)
-max_objects = 16             # of one class, the best (>= 1)
-max_overlap = 1.0            # of objects of a class that overlap so much, the best alone counts; 1: all do (>= 0, <= 1)
-position_threshold = 0.1     # part of the boxes' extents by which their centres must be apart (>= 0, <= 1)
-device = "auto"              # cuda, mps or cpu; auto: the best there is
+images = ""      # folder in the official layout, as sample.py writes it
+detector = "facebook/mask2former-swin-small-coco-instance"  # hub id or folder of the network that finds objects
+clip = "openai/clip-vit-large-patch14"                      # hub id or folder of the network that names their colors
+out = ""         # folder of the scores; empty: scores/NAME_geneval, by the name of the images' folder
+device = "auto"  # cuda, mps or cpu; auto: the best of these that the machine has
 
 if __name__ == "__main__":
     settings = configure(globals())
@@ -33,132 +21,92 @@ if __name__ == "__main__":
 
 import hashlib
 import json
-from pathlib import Path
 
 from tqdm import tqdm
 
-from common.files import write_json, write_lines
-from common.hashing import tensors_hash
+from common.files import is_there, read_json, reading, write_json, write_lines
+from common.folders import claim, lock
 from common.machine import pick_device
+from common.processes import join, run_script
+from common.tensors import tensors_hash
 from evaluation import geneval
 from evaluation.clip import Clip
 from evaluation.detector import detect, load_detector, name_colors
-from evaluation.drawn import hash_of
-from evaluation.processes import gathered, join, processes, run_script
-from pictures import decode
+from evaluation.prompts import scores_folder
+from pictures.decode import Unusable, load_picture
+from sampling.generated import hash_of
 
-NOTE = "(its own weights, not mmdetection's: scores are close to published ones, not equal)"
-
-
-def rules():
-    """Return the settings of geneval.kept()."""
-    return {"threshold": threshold, "counting_threshold": counting_threshold, "max_objects": max_objects,
-            "max_overlap": max_overlap}
+OURS = r"geneval\.json|(results|detections)\.jsonl|detections"  # names in the folder of the scores
+NOTE = "(not mmdetection's weights: scores are close to published ones, not equal)"
 
 
-def look_at(filename, data, prompt, models):
-    """Return the detections of one picture, given as its file's bytes; of a damaged one the reason."""
-    model, tower, classifiers = models
-    record = {"filename": filename, "sha256": hashlib.sha256(data).hexdigest()}
+def look_at(path, stored, filename, prompt, model, tower):
+    """Return (detections, line of the results) of a picture, from an earlier start if it has not changed since."""
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    if is_there(stored):
+        with reading(stored, ". Delete it, and the picture is looked at again"):
+            record = read_json(stored)
+            if record["sha256"] == sha256:
+                return record, verdict(filename, prompt, record["objects"])
     try:
-        image = decode.load(data, 1)
-    except decode.Unusable as reason:
-        return record | {"unusable": str(reason)}
+        image = load_picture(path, 1)
+    except Unusable as reason:
+        raise ValueError(f"{path}: {reason}. Make it anew, and the same command goes on") from None
     objects, masks = detect(model, image)
-    wanted = geneval.color_wanted(geneval.kept(objects, prompt["tag"], **rules()), prompt)
+    wanted = geneval.color_wanted(geneval.groups_of(objects, prompt["tag"]), prompt)
     chosen = [i for i, thing in enumerate(objects) if any(thing is other for other in wanted)]
-    name_colors(tower, classifiers, image, [objects[i] for i in chosen], masks[chosen])
-    return record | {"width": image.width, "height": image.height, "objects": objects}
+    name_colors(tower, image, [objects[i] for i in chosen], masks[chosen])
+    record = {"filename": filename, "sha256": sha256, "width": image.width, "height": image.height, "objects": objects}
+    write_json(stored, record)
+    return record, verdict(filename, prompt, objects)
 
 
-def detections_of(filename, path, prompt, folder, models, header):
-    """Return the detections of one picture: those in `folder`, if all that they depend on is the same, or new ones."""
-    data = path.read_bytes()
-    key = hash_of([header, prompt, hashlib.sha256(data).hexdigest()])
-    stored = folder / f"{filename.replace('/', '_')}.json"
-    if stored.exists():
-        kept = geneval.parse(stored.read_text(encoding="utf-8"), stored)
-        if kept["key"] == key:
-            return kept["record"]
-    record = look_at(filename, data, prompt, models)
-    write_json(stored, {"key": key, "record": record})
-    return record
-
-
-def run_detector(todo, stem):
-    """Return (header, [the detections of each picture])."""
-    rank, world = join()
-    torch_device = pick_device(device)
-    model, tower = load_detector(detector, torch_device), Clip(clip, torch_device)
-    header = {"made_by": "eval_geneval.py", "detector": detector, "detector_sha256": tensors_hash(model), "clip": clip,
-              "clip_sha256": tower.about["network_sha256"], **rules()}
-    folder, models = Path(f"{stem}.detections"), (model, tower, {})
-    folder.mkdir(parents=True, exist_ok=True)
-    for item in tqdm(todo[rank::world], unit=" pictures", disable=rank > 0):
-        detections_of(*item, folder, models, header)
-    gathered("done")  # the files of all processes are there from here on
-    records = [detections_of(*item, folder, models, header) for item in todo]
-    if damaged := [f"{r['filename']} ({r['unusable']})" for r in records if "unusable" in r]:
-        raise ValueError(f"{len(damaged)} of {len(todo)} pictures cannot be used: {'; '.join(damaged[:10])}. Make them "
-                         "anew, and the same command goes on")
-    if rank == 0:
-        write_lines(f"{stem}.detections.jsonl", [header, *records])
-    return header, records
-
-
-def read_given(todo):
-    """Return (header, [the detections of each picture]) from --detections. Refuse a file that is of other pictures."""
-    header, records = geneval.read_detections(detections)
-    names = [filename for filename, _, _ in todo]
-    if differ := sorted(records.keys() ^ set(names)):
-        raise ValueError(f"{detections} and {images} are not of the same pictures: {len(differ)} are in one alone, as "
-                         f"{', '.join(differ[:10])}")
-    return header, [records[name] for name in names]
-
-
-def verdict(filename, prompt, record):
-    """Return one line of the results, with what the official evaluator writes."""
-    groups = geneval.kept(record["objects"], prompt["tag"], **rules())
-    if any("color" not in thing for thing in geneval.color_wanted(groups, prompt)):
-        raise ValueError(f"{detections}: objects of {filename} have no \"color\", which its prompt asks for")
-    correct, reason = geneval.judge(groups, prompt, position_threshold)
+def verdict(filename, prompt, objects):
+    """Return one line of the results, as the official evaluator writes it."""
+    groups = geneval.groups_of(objects, prompt["tag"])
+    correct, reason = geneval.judge(groups, prompt)
     details = {name: [[*thing["box"], thing["score"]] for thing in group] for name, group in groups.items()}
     return {"filename": filename, "tag": prompt["tag"], "prompt": prompt["prompt"], "correct": correct,
             "reason": reason, "metadata": json.dumps(prompt), "details": json.dumps(details)}
 
 
-def print_scores(report):
-    """Print the scores of the tasks and overall."""
-    print(f"\n{images}: {report['prompts']:,} prompts, {report['images']:,} images")
-    for tag, task in report["tasks"].items():
+def report(records, results, folder, description):
+    """Write the scores and what they follow from, and print them."""
+    scores = geneval.summary(results)
+    write_lines(folder / "detections.jsonl", [description, *records])
+    write_lines(folder / "results.jsonl", results)
+    write_json(folder / "geneval.json", description | {"note": NOTE} | scores)
+    print(f"\n{images}: {scores['prompts']:,} prompts, {scores['images']:,} images")
+    for tag, task in scores["tasks"].items():
         print(f"  {tag:30} {100 * task['score']:6.2f} %  ({task['correct']} of {task['images']})")
-    print(f"  images weigh equally           {100 * report['mean_of_images']:6.2f} %")
-    print("  overall, tasks weigh equally   " + (
-        "none, as not all six tasks are here" if report["mean_of_tasks"] is None else
-        f"{100 * report['mean_of_tasks']:6.2f} %"))
-    print(f"detector: {report['detector']} {report['note']}")
+    overall = scores["mean_of_tasks"]
+    print(f"  images weigh equally           {100 * scores['mean_of_images']:6.2f} %\n  overall, tasks weigh equally   "
+          + ("none, as not all six tasks are here" if overall is None else f"{100 * overall:6.2f} %"))
+    print(f"detector: {detector} {NOTE}\nall of it: {folder}")
 
 
 def main():
     if not images:
-        raise ValueError("no images: give --images FOLDER, in GenEval's layout (sample.py writes it)")
-    folder = Path(images)
-    todo = [(path.relative_to(folder).as_posix(), path, prompt)
-            for prompt, paths in geneval.read_layout(folder) for path in paths]
-    target = Path(out or folder / "geneval.json")
-    stem = str(target).removesuffix(".json")
-    header, records = read_given(todo) if detections else run_detector(todo, stem)
-    if processes()[0]:
-        return
-    results = [verdict(filename, prompt, record) for (filename, _, prompt), record in zip(todo, records)]
-    report = {"images_folder": images, "detections": detections, "detections_header": header,
-              "detector": header.get("detector", f"not said in {detections}"),
-              "note": NOTE if "made_by" in header else "",
-              "rules": rules() | {"position_threshold": position_threshold}, **geneval.summary(results)}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_lines(f"{stem}.results.jsonl", results)
-    write_json(target, report)
-    print_scores(report)
+        raise ValueError("no images: give --images FOLDER, as sample.py writes it")
+    folder, todo = scores_folder(out, images, "_geneval"), []
+    for prompt, paths in geneval.read_layout(images):
+        for path in paths:
+            filename = path.relative_to(images).as_posix()
+            todo.append((path, folder / "detections" / f"{filename.replace('/', '_')}.json", filename, prompt))
+    processes = join()
+    processes.from_first(lambda: lock(folder))
+    torch_device = pick_device(device)
+    model, tower = load_detector(detector, torch_device), Clip(clip, torch_device)
+    description = {"images_folder": images, "prompts_sha256": hash_of([job[2:] for job in todo]), "detector": detector,
+                   "detector_sha256": tensors_hash(model), "clip": clip, "clip_sha256": tower.about["network_sha256"]}
+    processes.from_first(lambda: claim(folder, "detections.json", OURS, description))
+    (folder / "detections").mkdir(exist_ok=True)
+    share = tqdm(processes.share(todo), unit=" pictures", disable=processes.rank > 0)
+    done = sum(processes.gather([look_at(*job, model, tower) for job in share]), [])
+    if processes.rank == 0:
+        records, results = zip(*sorted(done, key=lambda pair: pair[0]["filename"]))
+        report(records, results, folder, description)
+    processes.leave()
 
 
 if __name__ == "__main__":

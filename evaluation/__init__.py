@@ -1,1 +1,1 @@
-"""What judges pictures: Inception, CLIP, distances, prompts, GenEval's rules, folders of drawn pictures."""
+"""What judges pictures: Inception, CLIP, distances, prompts, GenEval's rules."""

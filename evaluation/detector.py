@@ -1,7 +1,5 @@
-"""
-The objects in a picture and their colours, for GenEval: Mask2Former and CLIP of transformers, without mmdetection.
-"""
-import importlib.util
+"""The objects in a picture and their colours, for GenEval: Mask2Former and CLIP, without mmdetection."""
+import functools
 
 import numpy as np
 import torch
@@ -16,22 +14,16 @@ TEMPLATES = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {
 
 def load_detector(name, device):
     """Return Mask2Former with COCO's 80 classes, by hub id or folder."""
-    if importlib.util.find_spec("scipy") is None:
-        raise ValueError("Mask2Former of transformers needs scipy, which is not installed: pip install scipy")
     from transformers import Mask2FormerForUniversalSegmentation
-    model = load_model("detector", name, "mask2former", Mask2FormerForUniversalSegmentation)
+    model = load_model(name, Mask2FormerForUniversalSegmentation)
     labels = model.config.id2label
     if len(labels) != 80 or labels[0] != "person" or labels[79] != "toothbrush":
-        raise ValueError(f"detector {name}: it must have COCO's 80 classes, from person to toothbrush. It has "
-                         f"{len(labels)}, from {labels.get(0)} to {labels.get(len(labels) - 1)}")
+        raise ValueError(f"detector {name}: it must have COCO's 80 classes, from person to toothbrush")
     return model.to(device)
 
 
 def to_input(image, device):
-    """Return an RGB picture as mmdetection's test pipeline makes it, (1,3,H,W), and the (height, width) of its content.
-
-    It lies within 1333 x 800, bilinear without antialiasing, grey below and on the right up to multiples of 32.
-    """
+    """Return an RGB picture as mmdetection's test pipeline makes it, (1,3,H,W), and (height, width) without padding."""
     scale = min(1333 / max(image.size), 800 / min(image.size))
     width, height = (max(1, int(n * scale + 0.5)) for n in image.size)
     pixels = torch.from_numpy(np.array(image)).to(device).permute(2, 0, 1)[None].float()
@@ -46,7 +38,7 @@ def to_objects(class_logits, mask_logits, padded, resized, size):
     """Return (objects, best first, their masks (N,*size)) of class logits (Q,81) and mask logits (Q,h,w).
 
     As in mmdetection: the 100 likeliest pairs of query and class, scored by class probability x mean probability within
-    the mask, which is enlarged before the threshold (transformers' own post-processing does it afterwards).
+    the mask, which is enlarged before the threshold.
     """
     logits = F.interpolate(mask_logits[None], padded, mode="bilinear")[:, :, :resized[0], :resized[1]]
     logits = F.interpolate(logits, size, mode="bilinear")[0]
@@ -74,6 +66,7 @@ def detect(model, image):
                       resized, image.size[::-1])
 
 
+@functools.cache
 def color_classifier(tower, name):
     """Return (10,D), the direction of each color in CLIP's space for objects of class `name`."""
     texts = [template.format(color, name) for color in COLORS for template in TEMPLATES]
@@ -81,20 +74,17 @@ def color_classifier(tower, name):
     return F.normalize(directions.mean(1), dim=-1)
 
 
-def name_colors(tower, classifiers, image, things, masks):
-    """Set "color" of the objects, each cut out with what is around its mask in grey. `classifiers` keeps those made."""
+def name_colors(tower, image, things, masks):
+    """Set "color" of the objects, each cut out with what is around its mask in grey."""
     grey = Image.new("RGB", image.size, "#999")
     for thing, mask in zip(things, masks):
-        if thing["class"] not in classifiers:
-            classifiers[thing["class"]] = color_classifier(tower, thing["class"])
-        cut = Image.composite(image, grey, Image.fromarray(mask)).crop(thing["box"])
-        closeness = classifiers[thing["class"]] @ F.normalize(tower.image([centre(cut, tower.side)]), dim=-1)[0]
-        thing["color"] = COLORS[int(closeness.argmax())]
+        cut = centre(Image.composite(image, grey, Image.fromarray(mask)).crop(thing["box"]), tower.side)
+        direction = F.normalize(tower.image([tower.prepare(cut)]), dim=-1)[0]
+        thing["color"] = COLORS[int((color_classifier(tower, thing["class"]) @ direction).argmax())]
 
 
 def centre(image, side):
-    """Resize the shorter side and cut out the centre as torchvision does for the official script: transformers rounds
-    the cut's place down, torchvision to an even number."""
+    """Cut out the centre as torchvision does, which rounds its place to an even number; transformers rounds down."""
     short = min(image.size)
     image = image.resize([int(side * n / short) for n in image.size], Image.Resampling.BICUBIC)
     left, top = (round((n - side) / 2) for n in image.size)
