@@ -1,8 +1,7 @@
 """
-Draw the validation curves of several runs in one plot, and print their last losses as a Markdown table.
+Draw the validation losses of several runs in one plot, and print the last ones as a Markdown table.
 
-    python -m studies.compare runs/gelu runs/relu2
-    python -m studies.compare runs/gelu-0 runs/gelu-1 runs/relu2-0 runs/relu2-1 --out relu2.png
+    python -m studies.compare runs/gelu-0 runs/gelu-1 runs/relu2 --out relu2.png
 
 Runs that differ in nothing but their seed are one line: the mean, with a band from the least to the most.
 """
@@ -10,46 +9,43 @@ import sys
 
 from configurator import configure
 
-runs = ()                 # run folders; they may also come first, without --runs
-out = "compare.png"       # file of the plot
+runs = ()  # run folders; they may also come first, without --runs
+out = ""   # file of the plot; empty: compare.png in the first run's folder
 
 if __name__ == "__main__":
     if sys.argv[1:] and not sys.argv[1].startswith("-"):
         sys.argv.insert(1, "--runs")
-    settings = configure(globals())
+    configure(globals())
 
 import json
 import statistics
 from pathlib import Path
 
-from common.files import read_jsonl
+from common.files import read_json, read_jsonl, reading
 from common.plot import plot
-from training import checkpoint
+from common.processes import run_script
 
 
-def mean_and_spread(values, form="{:.4f}"):
-    """Format the mean of the values, and their standard deviation where there are several."""
-    return " ± ".join(form.format(f(values)) for f in (statistics.mean, statistics.stdev)[:len(values)])
-
-
-def band(curves):
-    """Return [(x, mean, least, most)] of curves [(x, y)], at every x that all of them have."""
-    curves = [dict(curve) for curve in curves]
-    shared = {x: [curve[x] for curve in curves] for x in curves[0] if all(x in curve for curve in curves)}
-    return [(x, statistics.mean(ys), min(ys), max(ys)) for x, ys in shared.items()]
+def mean_and_spread(values):
+    return " ± ".join(f"{f(values):.4f}" for f in (statistics.mean, statistics.stdev)[:len(values)])
 
 
 def markdown(rows):
-    """Format rows of texts as a Markdown table, the first as its head."""
     return "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
 
 
-def described(run):
-    """Return (seed, all else that makes a run what it is) of a run folder."""
-    path = Path(run) / "run.json"
-    about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else checkpoint.read(checkpoint.find(run))[0]
-    rest = {name: value for name, value in about["settings"].items() if name not in ("seed", "out", "overwrite")}
-    return about["settings"]["seed"], json.dumps([rest, about.get("model_sha256")], sort_keys=True)
+def identity(folder):
+    """Return, as a text, what makes a run what it is, but for its seed."""
+    with reading(path := Path(folder, "run.json")):
+        run = read_json(path)
+        settings = {name: value for name, value in run["settings"].items() if name not in ("seed", "out")}
+        return json.dumps([settings, run.get("model_sha256"), run.get("training_sha256")])
+
+
+def validations(folder):
+    """Return {step: validation loss} of a run's log."""
+    with reading(path := Path(folder, "log.jsonl")):
+        return {int(entry["step"]): float(entry["val_loss"]) for entry in read_jsonl(path) if "val_loss" in entry}
 
 
 def main():
@@ -57,24 +53,18 @@ def main():
         raise ValueError("which runs? python -m studies.compare runs/a runs/b")
     groups, lines, rows = {}, {}, [["run", "seeds", "steps", "validation loss"]]
     for run in dict.fromkeys(runs):
-        seed, rest = described(run)
-        groups.setdefault(run if seed in groups.get(rest, ()) else rest, {})[seed] = run
-    for group in groups.values():  # {seed: run}
-        first, *more = group.values()
-        logs = [{e["step"]: e["val_loss"] for e in read_jsonl(f"{run}/log.jsonl") if "val_loss" in e}
-                for run in (first, *more)]
-        name = f"{first} and {len(more)} more" if more else first
-        lines[name] = band(logs)
-        if not lines[name]:
+        groups.setdefault(identity(run), []).append(run)
+    for group in groups.values():
+        (first, *more), logs = group, [validations(run) for run in group]
+        name, steps = f"{first} and {len(more)} more" if more else first, sorted(set(logs[0]).intersection(*logs))
+        if not steps:
             raise ValueError(f"{name}: no validation loss at a step that all of them reached")
-        last = lines[name][-1][0]
-        rows.append([name, ", ".join(map(str, group)), f"{last:,}", mean_and_spread([log[last] for log in logs])])
-    plot(out, lines, "step", "validation loss", log="y")
-    print(f"{markdown(rows)}\n\n{out}")
+        losses = [[log[step] for log in logs] for step in steps]
+        lines[name] = [(step, statistics.mean(at), min(at), max(at)) for step, at in zip(steps, losses)]
+        rows.append([name, f"{len(group)}", f"{steps[-1]:,}", mean_and_spread(losses[-1])])
+    plot(path := out or Path(runs[0], "compare.png"), lines, "step", "validation loss", log="y")
+    print(f"{markdown(rows)}\n\n{path}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"compare.py: {error}") from None
+    run_script("compare.py", main)
