@@ -6,31 +6,43 @@ import sys
 import tempfile
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.chdir(ROOT)
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
-from common.files import HELD  # noqa: E402 (from the folder above)
+WORK = tempfile.TemporaryDirectory(prefix="tests-")
+os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}  # no test asks the network
+hypothesis.settings.register_profile("here", database=None, deadline=None)
+hypothesis.settings.load_profile("here")
 
 torch.set_num_threads(1)  # small tensors, and the suite runs as two processes
 
 SMALL = ("--latent_size=8", "--dim=32", "--depth=2", "--head_dim=8", "--mlp_multiple=8", "--mixer_depth=1",
          "--mixer_dim=16", "--num_experts=2", "--batch_size=16", "--micro_batch_size=4", "--warmup_steps=3",
          "--learning_rate=3e-3", "--log_every=1", "--eval_every=4", "--sample_every=0", "--checkpoint_every=4",
-         "--ema_decay=0.9", "--ema_start=3")  # of train.py, for a network of the drawn set at 16 px
+         "--ema_decay=0.9", "--ema_start=3")  # of train.py, for a network of the built-in set at 16 px
 
 
-def launch(name, *args, fails=False, processes=1, cwd=ROOT, env=(), traceback=False):
+@pytest.fixture(autouse=True, scope="session")
+def no_test_runs_in_the_clone():
+    """None sees what the scripts have left there, nor writes into it"""
+    os.chdir(WORK.name)  # once the tests are collected, whose paths may be relative
+
+
+def launch(name, *args, fails=False, processes=1, cwd=None, env=(), traceback=False):
     """Run a script -> what it printed, or the last line of an expected failure, which must have no traceback.
 
-    traceback: of torchrun's own after an expected failure, then everything that was printed is returned.
+    name: a script at the top, or a module as "studies.compare". It runs in `cwd`, or else in a folder of the tests;
+    files of the repository are named as from its top. traceback: of torchrun's own after an expected failure, then
+    everything that was printed is returned.
     """
-    argv = [str(name), *map(str, args)]
-    if argv[0].endswith(".py") and hasattr(os, "fork"):
+    script = [str(ROOT / name)] if str(name).endswith(".py") else ["-m", str(name)]
+    argv = script + [str(ROOT / arg) if str(arg).startswith(("config/", "docs/")) else str(arg) for arg in args]
+    cwd = cwd or WORK.name
+    if hasattr(os, "fork"):
         code, out, err = forked(argv, processes, cwd, env)
     else:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -47,7 +59,7 @@ def launch(name, *args, fails=False, processes=1, cwd=ROOT, env=(), traceback=Fa
 @functools.cache
 def zygote():
     """The process that scripts are forked from"""
-    return subprocess.Popen([sys.executable, ROOT / "tests/zygote.py"], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+    return subprocess.Popen([sys.executable, ROOT / "tests/zygote.py"], cwd=WORK.name, text=True, stdin=subprocess.PIPE,
                             stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
@@ -93,7 +105,7 @@ def losses(run):
 
 def weights(run):
     """The tensors of a run's last checkpoint"""
-    return load_file(sorted(Path(run).glob("step_*.safetensors"))[-1])
+    return load_file(sorted(Path(run).glob(f"step_{8 * '[0-9]'}.safetensors"))[-1])
 
 
 @pytest.fixture
@@ -111,8 +123,5 @@ def small_disk(tmp_path):
         return folder
 
     yield make
-    for lock in HELD.values():  # of scripts that ran in this process
-        lock.close()
-    HELD.clear()
     for folder in mounted:
         subprocess.run(["umount", str(folder)], check=True)

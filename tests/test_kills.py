@@ -1,6 +1,6 @@
-"""Runs that are killed at random moments and started again end with the same bytes as one that was left alone.
+"""Commands that are killed at random moments and started again end with the same bytes as one that was left alone.
 
-One kill of each here; KILLS=50 PICTURES=2000 python -m pytest -n 0 -s tests/test_kills.py for more.
+One kill of each here; KILLS=20 PICTURES=2000 python -m pytest -n 0 -s tests/test_kills.py for more.
 """
 
 import contextlib
@@ -18,22 +18,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import ROOT, SMALL, launch, weights
+from conftest import ROOT, SMALL, WORK, launch, weights
 from PIL import Image
+from safetensors.torch import load_file
 
+from common.files import read_json
 from training import checkpoint
 from training.state import OURS
 
 KILLS, PICTURES = int(os.environ.get("KILLS", 1)), int(os.environ.get("PICTURES", 300))
-UNTIDY = (".done.json", ".skipped.jsonl", ".tmp")  # may be left by a kill after the very end; the next start tidies up
+SHARD = r"\d{5}(-\d{4})?\.(latents\d+|captions|scales|rows|skipped|done)\.(npy|jsonl?)|dataset\.json|skipped\.jsonl"
 
 
-def tars(folder, n):
-    """n pictures in two tars, one of them compressed, every 50th picture damaged"""
+def tars(folder, n, each=32):
+    """n pictures in tars of so many, every second one compressed, every 50th picture damaged"""
     folder.mkdir()
-    for k, name in enumerate(("a.tar", "b.tgz")):
+    for k in range(-(-n // each)):
+        name = f"{k:03d}.{('tar', 'tgz')[k % 2]}"
         with tarfile.open(folder / name, "w:gz" if name.endswith("gz") else "w") as tar:
-            for i in range(k * n // 2, (k + 1) * n // 2):
+            for i in range(k * each, min(n, (k + 1) * each)):
                 out = io.BytesIO()
                 low = np.random.default_rng(i).integers(0, 256, (4, 4, 3), dtype=np.uint8)
                 Image.fromarray(low).resize((80 + i % 50, 90)).save(out, "JPEG")
@@ -45,15 +48,16 @@ def tars(folder, n):
 
 
 def contents(folder):
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != ".lock"}
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def start(args, log):
-    """Start a script in two processes."""
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d",
+def start(args, log, n):
+    """Start a script in n processes."""
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={n}", "--rdzv-backend=c10d",
                 "--rdzv-endpoint=localhost:0"]
-    return subprocess.Popen([sys.executable, *torchrun, *map(str, args)], cwd=ROOT, stdout=log, stderr=log,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+    return subprocess.Popen([sys.executable, *(torchrun if n > 1 else []), str(ROOT / args[0]), *map(str, args[1:])],
+                            cwd=WORK.name, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                            start_new_session=True)
 
 
 def processes(words):
@@ -66,82 +70,104 @@ def processes(words):
     return sorted(found)
 
 
-def survive(args, log, finished, same, known):
+def survive(args, folder, finished, same, known, n=2, begun=None):
     """Start the command, and after a random time kill it and start it again, until KILLS have hit it at work; then let
-    it finish.
+    it finish. Return the folder of the undisturbed command.
 
     finished(folder), same(folder): whether a run is complete, and ended as the undisturbed one. A complete one is
-    cleared away, for a new one. known(name): whether the documents name such a file, as every one must be after a kill.
-    -> the folders of the undisturbed run and of the last one
+    cleared away, for a new one. known: names that the documents name, as every one must be after a kill. begun: a kill
+    comes only after this file is there.
     """
-    began, folder, rng = time.time(), Path(f"{log.name}.killed"), random.Random(7)
-    assert start([*args, f"--out={log.name}.whole"], log).wait(600) == 0
-    seconds, hits, runs, unfinished = time.time() - began, 0, 1, 0
-    command = [*args, f"--out={folder}"]
-    while hits < KILLS:
-        process = start(command, log)
-        time.sleep(rng.uniform(0.4 * seconds, seconds))
-        if process.poll() is None:
-            # the launcher alone, whose processes must not live on; all at once; or one of its processes
-            alive = processes(command[-1])
-            hits += 1
-            for pid in ([process.pid], alive, alive[-1:])[hits % 3 - 1]:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-        process.wait()
-        deadline = time.time() + 5
-        while processes(command[-1]):
-            assert time.time() < deadline, "processes outlived their launcher"
-            time.sleep(0.1)
-        names = [path.name for path in folder.glob("*")]
-        unfinished += sum(name.endswith(".tmp") for name in names)
-        assert all(name == ".lock" or known(name) for name in names), names
-        if finished(folder):
-            assert same(folder)
-            shutil.rmtree(folder)
-            runs += 1
-    assert start(command, log).wait(300) == 0, log
-    assert same(folder)
+    began, whole, rng = time.time(), folder.with_name("whole"), random.Random(7)
+    with open(folder.with_suffix(".log"), "w") as log:
+        assert start([*args, f"--out={whole}"], log, n).wait(600) == 0, log.name
+        seconds, hits, runs, unfinished = time.time() - began, 0, 1, 0
+        command = [*args, f"--out={folder}"]
+        while hits < KILLS:
+            process, began = start(command, log, n), time.time()
+            while begun and not (folder / begun).exists() and process.poll() is None:
+                time.sleep(0.01)
+            spent = time.time() - began
+            time.sleep(rng.uniform(0, max(0.05, seconds - spent)) if begun else rng.uniform(0.4 * seconds, seconds))
+            if process.poll() is None:
+                # the launcher alone, whose processes must not live on; all at once; or one of its processes
+                alive = processes(command[-1])
+                hits += 1
+                for pid in ([process.pid], alive, alive[-1:])[hits % 3 - 1]:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+            process.wait()
+            deadline = time.time() + 5
+            while processes(command[-1]):
+                assert time.time() < deadline, "processes outlived their launcher"
+                time.sleep(0.1)
+            names = [path.name for path in folder.glob("*")]
+            unfinished += sum(name.endswith(".tmp") for name in names)
+            assert all(re.fullmatch(rf"({known})|\.({known})\.tmp", name) for name in names), names
+            if finished(folder):
+                assert same(folder, whole)
+                shutil.rmtree(folder)
+                runs += 1
+        assert start(command, log, n).wait(300) == 0, log.name
+    assert same(folder, whole)
     kinds = sorted({re.sub("[0-9]+", "N", path.name) for path in folder.iterdir()})
-    print(f"undisturbed: {seconds:.1f} s; {KILLS} kills, {unfinished} of them while a file was being written, {runs} "
-          f"runs finished, all the same; in the folder: {' '.join(kinds)}")
-    return Path(f"{log.name}.whole"), folder
+    assert not [name for name in kinds if name.endswith(".tmp")], kinds
+    print(f"{args[0]}: undisturbed {seconds:.1f} s; {KILLS} kills, {unfinished} of them while a file was written; "
+          f"{runs} runs finished, all the same; in the folder: {' '.join(kinds)}")
+    return whole
+
+
+def same_tensors(name):
+    def same(folder, whole):
+        a, b = (load_file(path / name) if name else weights(path) for path in (folder, whole))
+        return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+    return same
 
 
 def test_preparation_survives_kills(tmp_path):
     tars(tmp_path / "source", PICTURES)
-    args = ["prepare_latents.py", "--source", tmp_path / "source", "--resolutions", "32", "64", "--shard_size=32",
-            "--batch_size=8", "--caption_dtype=int8", "--workers=1"]
-    launch(*args, "--out", tmp_path / "whole")  # by one process
-    whole = contents(tmp_path / "whole")
-    assert len([n for n in whole if n.endswith("captions.npy")]) == 2 * -(-PICTURES // 64)
+    args = ["prepare_latents.py", "--source", tmp_path / "source", "--resolutions", "32", "64", "--caption_dtype=int8",
+            "--workers=1"]
+    launch(*args, "--out", tmp_path / "alone")  # by one process
+    alone = contents(tmp_path / "alone")
+    assert len([n for n in alone if n.endswith("captions.npy")]) == -(-PICTURES // 32)
 
     def finished(folder):
-        about = folder / "dataset.json"
-        return about.exists() and '"complete": true' in about.read_text()
+        return (folder / "dataset.json").exists() and read_json(folder / "dataset.json")["complete"]
 
-    def same(folder):
-        return {n: b for n, b in contents(folder).items() if not n.endswith(UNTIDY)} == whole
+    def same(folder, whole):  # but for what a kill after the very end leaves until the next start
+        return {n: b for n, b in contents(folder).items() if n in alone} == alone
 
-    with open(tmp_path / "log", "w") as log:
-        two, killed = survive(args, log, finished, same, lambda name: name in whole or name.endswith(UNTIDY))
-    assert contents(two) == contents(killed) == whole
+    survive(args, tmp_path / "killed", finished, same, SHARD)
+    assert contents(tmp_path / "whole") == contents(tmp_path / "killed") == alone
 
 
 def test_training_survives_kills(shapes16, tmp_path):
     """A checkpoint every few steps, so that many kills come while one is written"""
-    steps = 40 if KILLS < 20 else 400
+    steps = 40 if KILLS < 10 else 400
     args = ["train.py", f"--data={shapes16}", *SMALL, "--dim=64", "--batch_size=8", "--micro_batch_size=2",
             f"--max_steps={steps}", f"--unmasked_steps={steps // 4}", "--log_every=5", "--eval_every=0",
             "--checkpoint_every=3", "--keep_checkpoints=2"]
+    survive(args, tmp_path / "killed", lambda folder: checkpoint.step_path(folder, steps).exists(), same_tensors(""),
+            OURS)
+    assert len(checkpoint.steps_of(tmp_path / "killed")) == 2
 
-    def finished(folder):
-        return checkpoint.step_path(folder, steps).exists()
 
-    def same(folder):
-        a, b = weights(folder), weights(tmp_path / "log.whole")
-        return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+def test_an_autoencoder_survives_kills(tmp_path):
+    args = ["train_vae.py", "--limit=40", "--width=48", "--resolution=32", "--max_steps=120", "--eval_every=10"]
+    survive(args, tmp_path / "killed", lambda folder: (folder / "vae.safetensors").exists(),
+            same_tensors("vae.safetensors"), r"(vae|state)\.safetensors|vae\.json|log\.jsonl|reconstructions\.png", n=1,
+            begun="state.safetensors")
 
-    with open(tmp_path / "log", "w") as log:
-        _, killed = survive(args, log, finished, same, lambda name: OURS.fullmatch(name) or name.endswith(".tmp"))
-    assert len(checkpoint.steps_of(killed)) == 2
+
+def test_an_evaluation_survives_kills(shapes16, tmp_path):
+    launch("train.py", f"--data={shapes16}", f"--out={tmp_path / 'run'}", *SMALL, "--max_steps=1")
+    args = ["eval_fid.py", f"--checkpoint={tmp_path / 'run'}", "--captions=shapes", "--count=64", "--steps=20",
+            "--batch_size=4"]
+
+    def same(folder, whole):
+        a, b = (read_json(path / "results.json")["results"] for path in (folder, whole))
+        return a == b and {n: c for n, c in contents(folder).items() if n.endswith("png")} == {
+            n: c for n, c in contents(whole).items() if n.endswith("png")}
+    survive(args, tmp_path / "killed", lambda folder: (folder / "results.json").exists(), same, r"[\w.]+",
+            begun="scores.json")

@@ -1,10 +1,7 @@
-"""train.py as a user runs it: going on after a stop, processes, what it writes and shows, its export and errors."""
-
+"""train.py as a user runs it: going on after a stop, processes, what it writes and shows, --check, errors."""
 import json
-import math
-import os
+import re
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,100 +9,73 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, launch, log_of, losses, weights
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file
 
-import train
-from configurator import check, read_defaults, script_settings
-from model import MicroDiT, MicroDiTConfig
-from training import checkpoint, export
+from configurator import script_settings
+from training import checkpoint
 from training.log import BINS
-from training.report import save_samples
 
-BEFORE = Path(__file__).parent / "data/before"  # a prepared folder and a run of the version before the rooms
+BEFORE = Path(__file__).parent / "data/before"  # a prepared folder and a run of an earlier version
+WHOLE = ("--unmasked_steps=2", "--checkpoint_every=3")
+LAST, ONE_BEFORE = "step_00000008.safetensors", "step_00000006.safetensors"  # what such a run of eight steps keeps
 
 
 @pytest.fixture(scope="module")
 def fit(shapes16):
-    def run(out, *args, steps=8, **kw):
-        return launch("train.py", f"--data={shapes16}", f"--out={out}", *SMALL, f"--max_steps={steps}", *args, **kw)
+    def run(out, *args, steps=8, script="train.py", **kw):
+        return launch(script, f"--data={shapes16}", f"--out={out}", *SMALL, f"--max_steps={steps}", *args, **kw)
 
     return run
 
 
-WHOLE = ("--unmasked_steps=2", "--checkpoint_every=3")
-
-
 @pytest.fixture(scope="module")
 def whole(fit, tmp_path_factory):
-    """A run of eight steps, to copy, and what it printed"""
+    """A run of eight steps, beside what it printed"""
     out = tmp_path_factory.mktemp("runs") / "whole"
     (out.parent / "printed.txt").write_text(fit(out, *WHOLE))
     return out
 
 
-def assert_equal(run, other):
-    torch.testing.assert_close(weights(run), weights(other), rtol=0, atol=0)
+@pytest.fixture
+def run(whole, tmp_path):
+    """A copy of that run, which a test may change"""
+    return shutil.copytree(whole, tmp_path / "run")
 
 
-# --- runs ------------------------------------------------------------------------------------------------------------
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
 
 
-def test_a_stopped_run_goes_on_to_the_same_bytes(fit, whole, tmp_path):
+def assert_equal(one, other, within=0.0):
+    torch.testing.assert_close(weights(one), weights(other), rtol=0, atol=within)
+
+
+# --- going on ---
+
+
+def test_a_stopped_run_goes_on_to_the_same_bytes(fit, whole, run):
     printed = (whole.parent / "printed.txt").read_text()
     assert all(words in printed for words in ("images/s", "left", "validation loss", "unmasked", "done: "))
     names = weights(whole)
     assert any(n.startswith("ema.") for n in names) and any(n.startswith("optimizer.exp_avg_sq.") for n in names)
-    # as if killed after step 6, while the checkpoint of step 8 was being written, its name by the safetensors package
-    # of earlier versions, with two more steps in the log and a line of it damaged
-    part = shutil.copytree(whole, tmp_path / "part")
-    (part / "step_00000008.safetensors").rename(part / "step_00000008.safetensors.tmp")
-    (part / ".tmpAbC123").write_bytes(b"leftover")
-    with open(part / "log.jsonl", "a") as file:
+    (run / LAST).unlink()  # as if killed after step 6, with two more steps in the log and a line of it damaged
+    with open(run / "log.jsonl", "a") as file:
         file.write('{"step": 3, "lo\x00\n[1]\n')
-    printed = fit(part, *WHOLE)
+    printed = fit(run, *WHOLE)
     assert "going on from step 6" in printed and "log.jsonl: 2 damaged lines" in printed
-    assert_equal(part, whole)
-    assert losses(part) == losses(whole) and len(losses(part)) == 8
-    assert sorted(p.name for p in part.iterdir()) == [
-        ".lock", "log.jsonl", "model.py", "progress.png", "run.json", "step_00000006.safetensors",
-        "step_00000008.safetensors"]
-    # finished: nothing to do; max_steps may grow, and another model.py is named, with what to do
-    last = checkpoint.steps_of(part)[-1]
-    run, tensors = checkpoint.read(last, ("",))
-    checkpoint.save(last, tensors, run | {"model_sha256": "another"})
-    for printed in (launch("sample.py", "--checkpoint", part, "--prompt=a", "--steps=1", "--out", tmp_path / "out"),
-                    fit(part, *WHOLE, steps=10)):
-        assert "made with another model.py" in printed and f"{part / 'model.py'}" in printed
-    assert "going on from step 8" in printed and list(losses(part))[-2:] == [9, 10]
-    # nothing else may change, and a refusal touches nothing
-    again = shutil.copytree(whole, tmp_path / "again")
-    message = fit(again, *WHOLE, "--learning_rate=1e-3", "--depth=3", steps=7, fails=True)
-    for words in ("learning_rate: 0.003 there, 0.001 now", "depth: 2 there, 3 now", "max_steps: 8 there, 7 now",
-                  "--out", "--overwrite"):
-        assert words in message
-    assert_equal(again, whole)
-    fit(again, "--depth=3", "--overwrite", steps=2)
-    assert len(losses(again)) == 2 and [p.name for p in checkpoint.steps_of(again)] == ["step_00000002.safetensors"]
-
-
-def test_a_run_of_the_version_before_goes_on_and_samples(tmp_path):
-    run = shutil.copytree(BEFORE / "run", tmp_path / "run")
-    words = [f"--data={BEFORE / 'data'}", f"--out={run}", "--max_steps=6"]
-    for name, value in checkpoint.read(checkpoint.find(run))[0]["settings"].items():
-        if name not in ("data", "out", "max_steps") and value != []:
-            words += [f"--{name}", *(value if isinstance(value, list) else [value])]
-    assert "going on from step 4" in launch("train.py", *words)
-    assert list(losses(run))[-1] == 6
-    printed = launch("sample.py", "--checkpoint", BEFORE / "run", "--prompt=a red circle", "--steps=2", "--out",
-                     tmp_path / "out")
-    assert "run/step_00000004" in printed and "another model.py" not in printed
-    assert len(list((tmp_path / "out").glob("*seed2024.png"))) == 1
+    assert_equal(run, whole)
+    assert losses(run) == losses(whole) and len(losses(run)) == 8
+    assert sorted(contents(run)) == ["log.jsonl", "model.py", "progress.png", "run.json", ONE_BEFORE, LAST]
+    before = contents(run)
+    printed = fit(run, *WHOLE)  # finished: nothing to do
+    assert "going on from step 8" in printed and "done: " in printed and "step      " not in printed
+    message = fit(run, *WHOLE, "--learning_rate=1e-3", "--depth=3", fails=True)
+    assert "learning_rate: 0.003 there, 0.001 now; depth: 2 there, 3 now" in message and "give another --out" in message
+    assert contents(run) == before
 
 
 def test_muon_goes_on_too_and_leaves_the_other_parameters_to_adamw(fit, tmp_path):
-    out, args = tmp_path / "run", ("--optimizer=muon", "--checkpoint_every=2", "--router_unmodulated", "--grad_clip=0",
-                                   "--activation_checkpointing")
+    out, args = tmp_path / "run", ("--optimizer=muon", "--checkpoint_every=2", "--mixer_conv", "--mask=grouped",
+                                   "--grad_clip=0", "--activation_checkpointing")
     fit(out, *args, steps=4)
     part = shutil.copytree(out, tmp_path / "part")
     checkpoint.steps_of(part)[-1].unlink()
@@ -113,107 +83,166 @@ def test_muon_goes_on_too_and_leaves_the_other_parameters_to_adamw(fit, tmp_path
     assert_equal(part, out)
     names = {name.removeprefix("optimizer.") for name in weights(out)}
     assert "momentum_buffer.blocks.0.attn.qkv.weight" in names and "exp_avg.blocks.0.attn.qkv.weight" not in names
-    assert {"exp_avg.final.linear.weight", "exp_avg.mixer.0.modulation.weight"} <= names
+    assert {"exp_avg.final.linear.weight", "exp_avg.mixer.0.neighbours.conv.weight"} <= names
 
 
-def test_two_processes_train_as_one(fit, whole, tmp_path):
-    printed = fit(tmp_path / "two", *WHOLE, processes=2)
-    assert "2 x cpu" in printed and "broadcast_buffers" not in printed and printed.count("parameters,") == 1
-    assert losses(tmp_path / "two") == pytest.approx(losses(whole), rel=1e-4)
-    one, two = ([e["val_loss"] for e in log_of(run) if "val_loss" in e] for run in (whole, tmp_path / "two"))
-    assert two == pytest.approx(one, rel=1e-4) and len(one) == 2
+def test_a_run_of_an_earlier_version_goes_on(tmp_path):
+    run = shutil.copytree(BEFORE / "run", tmp_path / "run")
+    known, words = script_settings("train.py"), [f"--data={BEFORE / 'data'}", f"--out={run}", "--schedule=constant"]
+    for name, value in checkpoint.read_checkpoint(checkpoint.find(run))[0]["settings"].items():
+        if name in known.keys() - {"data", "out"} and value != []:
+            words += [f"--{name}", *(value if isinstance(value, list) else [value])]
+    assert "going on from step 4" in launch("train.py", *words, "--max_steps=4")
+
+
+def test_fields_that_the_network_had_once(whole, tmp_path):
+    described, tensors = checkpoint.read_checkpoint(whole / LAST, ("",))
+    for dropped in ({"router_unmodulated": False, "mixer_skip": False, "fused_blocks": -1}, {"fused_blocks": 2}):
+        checkpoint.save(tmp_path / f"{len(dropped)}.safetensors", tensors,
+                        described | {"config": described["config"] | dropped})
+    assert torch.equal(checkpoint.load_network(tmp_path / "3.safetensors")[0].final.linear.weight,
+                       weights(whole)["ema.final.linear.weight"])
+    with pytest.raises(ValueError, match="1.safetensors cannot be used .*unexpected keyword argument 'fused_blocks'"):
+        checkpoint.load_network(tmp_path / "1.safetensors")
+
+
+def test_neither_processes_nor_micro_batches_change_a_run(fit, tmp_path):
+    def forty(name, micro, processes=1, steps=40):
+        fit(tmp_path / name, f"--micro_batch_size={micro}", "--learning_rate=5e-4", "--schedule=constant",
+            "--log_every=40", "--eval_every=40", "--checkpoint_every=0", steps=steps, processes=processes)
+
+    forty("one", 16)
+    for name, micro, processes in (("8", 8, 1), ("4", 4, 1), ("two", 4, 2)):
+        forty(name, micro, processes)
+    forty("middle", 8, 2, steps=20)
+    forty("middle", 4, 1)  # max_steps may grow, as nothing is taken back
+    for name in ("8", "4", "two", "middle"):
+        assert_equal(tmp_path / "one", tmp_path / name, within=1e-6)
+        a, b = (log_of(tmp_path / run)[-1]["val_loss_by_sigma"] for run in ("one", name))
+        assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_uneven_shares(fit, tmp_path):
+    for name, processes in (("one", 1), ("three", 3)):
+        printed = fit(tmp_path / name, "--batch_size=10", "--learning_rate=5e-4", processes=processes)
+    assert "3 x cpu" in printed and printed.count("parameters,") == 1
+    assert_equal(tmp_path / "one", tmp_path / "three", within=1e-6)
+    assert losses(tmp_path / "three") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert "batch_size 2 is less than" in fit(tmp_path / "four", "--batch_size=2", processes=3, fails=True)
+
+
+def test_max_steps_grows_where_nothing_is_taken_back(fit, run, tmp_path):
+    before = contents(run)
+    assert "max_steps: 8 there, 7 now (it may only grow)" in fit(run, *WHOLE, steps=7, fails=True)
+    message = fit(run, *WHOLE, steps=10, fails=True)
+    assert "max_steps: 8 there, 10 now, takes back" in message and contents(run) == before
+    (words,) = re.findall(r"to train on: (.*) --out ANOTHER", message)
+    fit(tmp_path / "on", *words.split(), "--optimizer=adamw", steps=1)
+    # the weights and the optimizer's state are those of the old run
+    assert weights(tmp_path / "on")["optimizer.step.final.linear.bias"] == 9
+    for args, steps in ((("--schedule=constant", "--unmasked_steps=2"), 2), (("--schedule=trapezoid",), 3)):
+        fit(tmp_path / args[0][-8:], *args, steps=steps)
+        assert "takes back what" in fit(tmp_path / args[0][-8:], *args, steps=4, fails=True)
+
+
+# --- what lies in a run's folder ---
+
+
+def test_the_newest_checkpoint_that_can_be_read_is_used(fit, run):
+    good = (run / LAST).read_bytes()
+    bad = {8: good[:-1], 9: b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n",
+           10: bytes(len(good)), 11: b"my notes"}
+    for step, content in bad.items():
+        checkpoint.step_path(run, step).write_bytes(content)
+    printed = fit(run, *WHOLE)
+    assert "going on from step 6" in printed and printed.count("warning: ") == 1
+    assert all(f"{checkpoint.step_path(run, step)} cannot be used" in printed for step in bad)
+    assert all(checkpoint.step_path(run, step).read_bytes() == bad[step] for step in (9, 10, 11))
+    assert checkpoint.read_checkpoint(run / LAST)[0]["step"] == 8  # which the run itself has written anew
+    for path in checkpoint.steps_of(run):
+        path.write_bytes(good[:100])
+    assert f"No checkpoint in {run} can be read" in fit(run, *WHOLE, fails=True)
+    assert all(path.read_bytes() == good[:100] for path in checkpoint.steps_of(run))
+
+
+def test_only_checkpoints_of_this_run_are_used_and_deleted(fit, whole, run):
+    (run / LAST).unlink()
+    described, tensors = checkpoint.read_checkpoint(whole / LAST, ("",))
+    checkpoint.save(run / "step_00000003.safetensors", tensors, described | {"id": "another", "step": 3})
+    others = ("step_00000008_best.safetensors", "step_00000008 copy.safetensors", "step_best.safetensors", "thesis.tmp",
+              "step_8.safetensors", "step_00000008.safetensors.tmp", "run.json.tmp")
+    for name in others:
+        shutil.copyfile(whole / LAST, run / name)
+    (run / ".lock").symlink_to("thesis.tmp")
+    before = contents(run)
+    assert "going on from step 6" in fit(run, *WHOLE, "--keep_checkpoints=1")
+    assert (run / LAST).exists() and not (run / ONE_BEFORE).exists()
+    assert all(contents(run)[name] == before[name] for name in (*others, "step_00000003.safetensors"))
+
+
+def test_disk_full_while_writing_a_checkpoint_keeps_the_old_one(fit, small_disk):
+    run, args = small_disk(8) / "run", ("--eval_every=0", "--schedule=constant")
+    fit(run, *args, steps=1)
+    first, ballast = run / "step_00000001.safetensors", run.parent / "ballast"
+    ballast.write_bytes(bytes(shutil.disk_usage(run).free - first.stat().st_size // 2))
+    message = fit(run, *args, steps=2, fails=True)
+    assert "disk full while writing" in message and "step_00000002" in message
+    assert checkpoint.steps_of(run) == [first] and not list(run.glob(".*"))
+    assert "do not fit on the disk of" in fit(run, *args, "--check", fails=True)
+    ballast.unlink()
+    assert "going on from step 1" in fit(run, *args, steps=2)
+
+
+# --- what it says ---
 
 
 def test_it_learns_and_shows_it(fit, shapes16, tmp_path):
     out = tmp_path / "run"
-    printed = fit(out, f"--val_data={shapes16}", "--sample_every=30", "--learning_rate=1e-2", "--sample_steps=3",
-                  "--log_every=10", "--eval_every=30", "--unmasked_steps=10", steps=60)
-    assert f"{out}: 0.1 M parameters, 120 pictures, 60 steps of 16 on 1 x cpu, perhaps 0m0" in printed
-    val = [e for e in log_of(out) if "val_loss" in e]
-    assert val[-1]["val_loss"] < 0.9 and len(val[-1]["val_loss_by_sigma"]) == BINS
-    assert val[-1]["val_loss"] == pytest.approx(np.mean(list(val[-1]["val_loss_by_sigma"].values())), rel=0.5)
-    steps = [e for e in log_of(out) if "loss" in e]
-    assert [e["step"] for e in steps] == [1, 10, 20, 30, 40, 50, 60]
-    assert {"lr", "grad_norm", "images_per_s", "mfu", "eta_s", "loss_by_sigma"} <= steps[0].keys()
-    assert (out / "samples/captions.txt").read_text().splitlines()[0].startswith("a ")
-    assert json.loads((out / "run.json").read_text())["settings"]["dim"] == 32
+    printed = fit(out, f"--val_data={shapes16}", "--sample_every=30", "--learning_rate=1e-2", "--log_every=10",
+                  "--eval_every=30", "--unmasked_steps=10", steps=60)
+    assert f"{out}: 0.1 M parameters, 120 pictures, 120 to validate on, 60 steps of 16 on 1 x cpu" in printed
+    first, *_, last = log_of(out)
+    assert last["val_loss"] < 0.9 and len(last["val_loss_by_sigma"]) == BINS
+    assert last["val_loss"] == pytest.approx(np.mean(list(last["val_loss_by_sigma"].values())), rel=0.5)
+    assert {"lr", "grad_norm", "images_per_s", "mfu", "eta_s", "loss_by_sigma"} <= first.keys()
+    assert [*losses(out)] == [1, 10, 20, 30, 40, 50, 60]
     assert (out / "model.py").read_bytes() == (ROOT / "model.py").read_bytes()
     with Image.open(out / "samples/step_00000060.png") as grid, Image.open(out / "progress.png") as page:
         assert page.width >= grid.width and page.height > grid.height + 300
         newest = np.asarray(page.convert("RGB"))[-grid.height:, (page.width - grid.width) // 2:][:, :grid.width]
         assert (newest == np.asarray(grid)).all()  # the newest pictures, under the losses
-    sizes = []
-    for step in (90, 50, 60):  # a strip of the same captions; columns of steps that are done again are drawn again
-        save_samples(out, step, [Image.new("RGB", (16, 16))] * 16, [""] * 16)
-        with Image.open(out / "samples/strip.png") as strip:
-            sizes.append((json.loads(strip.text["steps"]), strip.width))
-    assert [steps for steps, _ in sizes] == [[30, 60, 90], [30, 50], [30, 50, 60]]
-    assert sizes[1][1] < sizes[0][1] == sizes[2][1]
+
+
+# --- errors ---
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--data=nowhere"], "no prepared data in nowhere"), (["--latent_size=16"], "not 16"),
+    (["--data=random"], "for --check alone"), (["--data="], "name prepared folders"),
+    (["--mask_ratio=0.99"], "mask_ratio"), (["--num_experts=64", "--depth=4"], "experts 64"),
+    (["--device=tpu"], "this machine has"), (["--device=cuda:zz"], "device is 'cuda:zz'"),
+    (["--init_from=nowhere"], "no checkpoint nowhere"),
+    (["--init_from=runs/xl2_256"], "run `train.py config/xl2_256.py` first"),
+    (["--attn_ratio", "1"], "attn_ratio is (1.0,): it needs two numbers"), (["--wandb=mine"], "pip install wandb"),
+    (["--unmasked_steps=9"], "must be at most max_steps 8")])
+def test_mistakes_stop_before_anything_is_written(fit, tmp_path, args, words):
+    assert words in fit(tmp_path / "run", *args, fails=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_starting_from_other_weights(fit, whole, tmp_path):
     fit(tmp_path / "run", f"--init_from={whole}", "--learning_rate=1e-12", "--ema_decay=0", steps=1)
     first, second = ({n: t for n, t in weights(run).items() if n[:6] == "model."} for run in (whole, tmp_path / "run"))
     torch.testing.assert_close(first, second)
-    message = fit(tmp_path / "third", f"--init_from={whole}", "--dim=64", steps=1, fails=True)
-    assert "do not fit this network" in message and "dim: 32 there, 64 now" in message
-    assert not (tmp_path / "third").exists()
-
-
-def test_exported_weights_are_the_runs(whole, tmp_path, monkeypatch, capsys):
-    (tmp_path / "results.json").write_text(json.dumps({"results": [{
-        "folder": "guidance_2", "fid": 12.5, "attributes": {"color": [3, 4]}}]}))
-    for dtype, name in (("float32", "x.safetensors"), ("bfloat16", "x.pt")):
-        file = tmp_path / name
-        for setting, value in {"run": str(whole), "out": str(file), "dtype": dtype,
-                               "scores": str(tmp_path / "results.json")}.items():
-            monkeypatch.setattr(export, setting, value)
-        export.main()
-        if file.suffix == ".pt":
-            tensors = torch.load(file, weights_only=True)
-        else:
-            with safe_open(file, "pt") as opened:
-                tensors, config = load_file(file), json.loads(opened.metadata()["config"])
-        assert {t.dtype for t in tensors.values()} == {getattr(torch, dtype)}
-        net, kept = MicroDiT.from_official(tensors, MicroDiTConfig(**config)), weights(whole)
-        for n, p in net.named_parameters():  # the averaged ones
-            torch.testing.assert_close(p, kept[f"ema.{n}"], rtol=0 if dtype == "float32" else 0.01, atol=1e-4)
-        card = file.with_suffix(".md").read_text()
-        for words in ("step 8 of whole", "validation loss at step 8", "fid 12.5, color 3 of 4", "- dim: 32",
-                      "- seed: 2024"):
-            assert words in card
-    monkeypatch.setattr(export, "out", "x.bin")
-    with pytest.raises(ValueError, match="FILE.safetensors or FILE.pt"):
-        export.main()
-
-
-# --- errors ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("args, words", [
-    (["--data=nowhere"], "no prepared data in nowhere"), (["--latent_size=16"], "not 16"),
-    (["--mask_ratio=0.99"], "mask_ratio"), (["--num_experts=64"], "experts 64"), (["--head_dim=7"], "head_dim"),
-    (["--init_from=nowhere"], "no checkpoint nowhere"), (["--learning_rat=1"], "'learning_rate'"),
-    (["--device=tpu"], "this machine has"), (["config/xl2_256.py"], "docs/datasets.md")])
-def test_mistakes_stop_before_anything_is_written(fit, tmp_path, args, words):
-    out, config = tmp_path / "run", args[0].endswith(".py")
-    assert words in (launch("train.py", *args, f"--out={out}", fails=True) if config else fit(out, *args, fails=True))
-    assert not out.exists()
-
-
-def test_settings_out_of_range_are_refused(monkeypatch):
-    good, described = script_settings("train.py"), read_defaults(ROOT / "train.py")
-    for name, value in (("mask_ratio", 1.0), ("schedule", "linear"), ("learning_rate", 0.0), ("checkpoint_every", -5),
-                        ("grad_clip", -1.0), ("optimizer", "sgd"), ("log_every", 0), ("p_mean", math.nan), ("dim", 0),
-                        ("head_dim", 0), ("depth", -1), ("mixer_depth", -1), ("expert_capacity", math.inf),
-                        ("seed", -1), ("attn_ratio", (0.5, math.nan))):
-        with pytest.raises(ValueError, match=name):
-            check(good | {name: value}, described)
-    for name, value in (("attn_ratio", (1,)), ("batch_size", 10), ("unmasked_steps", 250_001), ("wandb", "mine")):
-        with monkeypatch.context() as patch, pytest.raises(ValueError, match=name):
-            patch.setattr(train, "settings", good | {name: value}, raising=False)
-            patch.setattr(train, name, value, raising=False)
-            train.check_settings()
+    described, tensors = checkpoint.read_checkpoint(whole / LAST, ("",))
+    described["settings"]["max_steps"] = 9
+    checkpoint.save(tmp_path / LAST, tensors, described)
+    for start, *args, words in (
+            (whole, "--dim=64", "do not fit this network (dim: 32 there, 64 now)"),
+            (whole, "--init_optimizer", "--optimizer=muon", "has no state of the optimizer muon"),
+            (tmp_path, "has only reached step 8 of 9: finish that run first")):
+        assert words in fit(tmp_path / "third", f"--init_from={start}", *args, fails=True)
+        assert not (tmp_path / "third").exists()
 
 
 def test_data_of_another_autoencoder_is_refused(fit, whole, shapes16, tmp_path):
@@ -221,110 +250,93 @@ def test_data_of_another_autoencoder_is_refused(fit, whole, shapes16, tmp_path):
     info = json.loads((other / "dataset.json").read_text())
     info["vae"]["scaling_factor"] = 0.5
     (other / "dataset.json").write_text(json.dumps(info))
-    assert "was prepared with vae" in fit(tmp_path / "run", f"--val_data={other}", fails=True)
-    message = fit(whole, *WHOLE, f"--data={other}", fails=True)
-    assert "holds another run" in message and "vae" in message
-    message = fit(tmp_path / "next", f"--data={other}", f"--init_from={whole}", fails=True)
-    assert "was prepared with vae" in message
-
-
-def test_a_truncated_checkpoint_is_set_aside_and_the_one_before_it_used(fit, whole, tmp_path):
-    run = shutil.copytree(whole, tmp_path / "run")
-    six, eight = checkpoint.steps_of(run)
-    good = eight.read_bytes()
-    eight.write_bytes(good[:-1])
-    printed = fit(run, *WHOLE)
-    assert f"{eight.name} is cut short or damaged" in printed and "going on from step 6" in printed
-    assert eight.with_suffix(".damaged").read_bytes() == good[:-1]
-    assert_equal(run, whole)
-    for path in checkpoint.steps_of(run):
-        path.write_bytes(good[:100])
-    message = fit(run, *WHOLE, fails=True)
-    assert "none of the checkpoints" in message and len(checkpoint.steps_of(run)) == 2
-
-
-def test_disk_full_while_writing_a_checkpoint_keeps_the_old_one(fit, small_disk):
-    disk = small_disk(8)
-    fit(disk / "run", "--eval_every=0", steps=1)
-    size = checkpoint.steps_of(disk / "run")[0].stat().st_size
-    (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - size // 2))
-    message = fit(disk / "run", "--eval_every=0", steps=2, fails=True)
-    assert "disk full while writing" in message and "step_00000002" in message
-    assert [p.name for p in checkpoint.steps_of(disk / "run")] == ["step_00000001.safetensors"]
-    assert not list((disk / "run").glob("*.tmp"))
-    (disk / "ballast").unlink()
-    assert "going on from step 1" in fit(disk / "run", "--eval_every=0", steps=2)
+    for out, *args in ((tmp_path / "a", f"--val_data={other}"), (tmp_path / "b", f"--data={other}",
+                       f"--init_from={whole}"), (whole, *WHOLE, f"--data={other}")):
+        assert "was prepared with vae" in fit(out, *args, fails=True)
 
 
 def test_a_diverged_run_stops_and_says_so(fit, tmp_path):
     printed = fit(tmp_path / "run", "--learning_rate=1e30", "--grad_clip=0", "--warmup_steps=0", "--checkpoint_every=1",
                   steps=20, fails=True, traceback=True)
-    for words in ("9 steps skipped", "the last 10 steps", "last good checkpoint is", "step_0000001", "learning_rate"):
+    for words in ("9 steps skipped", "the last 10 steps", "good checkpoint is", "step_0000001", "learning_rate"):
         assert words in printed and "Traceback" not in printed, printed
 
 
 def test_processes_that_see_different_disks_are_refused(whole, shapes16, tmp_path):
-    """Each process in a folder of its own: the first has a checkpoint, the other has not"""
+    """The first process has a checkpoint in its folder, the other has none"""
     (tmp_path / "disk1").mkdir()
-    args = [f"--data={shapes16}", *SMALL, *WHOLE, "--out=run"]
     shutil.copytree(whole, tmp_path / "disk0/run")
-    command = f"cd {tmp_path}/disk$RANK && exec python {ROOT}/train.py {' '.join(args)} --max_steps=9"
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    message = launch("--no-python", "bash", "-c", command, processes=2, fails=True, env={"PATH": path}, traceback=True)
-    assert "the processes see different checkpoints or data" in message and "shared disk" in message
+    (tmp_path / "there.py").write_text("import os, runpy\nos.chdir('disk' + os.environ['RANK'])\n"
+                                       f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n")
+    message = launch(tmp_path / "there.py", f"--data={shapes16}", *SMALL, *WHOLE, "--out=run", "--max_steps=8",
+                     processes=2, fails=True, cwd=tmp_path)
+    assert "the nodes see different data or checkpoints" in message and "shared disk" in message
     assert not (tmp_path / "disk1/run").exists()
 
 
-# --- somebody's own network ------------------------------------------------------------------------------------------
+# --- somebody's own network ---
 
 
-EDITS = [  # a field in one place, a layer of one's own, a buffer, an operation that depends on data, a further loss
-    ("    router_unmodulated: bool", "    my_width: int = 3      # of my layer\n    router_unmodulated: bool"),
-    ("class FinalLayer(nn.Module):", '''class Mine(nn.Module):
-    def __init__(self, dim, width):
-        super().__init__()
-        self.a, self.b = nn.Linear(dim, width), nn.Linear(width, dim)
-        self.register_buffer("seen", torch.zeros(()))
-
-    def init_weights(self, out_std):
-        nn.init.constant_(self.a.weight, out_std)
-
-    def forward(self, x):
-        self.seen += 1
-        return self.b(self.a(x)) * (x > 0).nonzero().shape[0] ** 0
-
-
-class FinalLayer(nn.Module):'''),
+EDITS = [  # a field in one place, a layer and a buffer, an operation that depends on data, a further loss
+    ("    mixer_conv: bool", "    my_width: int = 3      # of my layer\n    mixer_conv: bool"),
     ("        self.modulation = nn.Linear(c.dim, 6 * dim)\n",
-     "        self.mine = Mine(dim, c.my_width)\n        self.modulation = nn.Linear(c.dim, 6 * dim)\n"),
-    ("        h = self.norm3(x)\n", "        x = x + self.mine(x)\n        h = self.norm3(x)\n"),
+     "        self.mine = nn.Sequential(nn.Linear(dim, c.my_width), nn.Linear(c.my_width, dim))\n"
+     "        self.register_buffer('seen', torch.zeros(()))\n"
+     "        self.modulation = nn.Linear(c.dim, 6 * dim)\n"),
+    ("        h = self.neighbours(", "        self.seen += (x > 0).nonzero().shape[0] ** 0\n"
+     "        x = x + self.mine(x)\n        h = self.neighbours("),
     ("        x = self.final(x, cond)",
      "        self.extra_loss = x.square().mean() + 100.0\n        x = self.final(x, cond)")]
 
 
-def test_an_edited_network_trains(shapes16, tmp_path):
-    mine = tmp_path / "mine"
-    shutil.copytree(ROOT, mine, ignore=shutil.ignore_patterns(".git", "data", "runs", ".venv*", "tests", "__pycache__"))
-    source = (mine / "model.py").read_text()
-    for old, new in EDITS:
+def edit(file, edits):
+    source = file.read_text()
+    for old, new in edits:
         assert source.count(old) == 1, old
         source = source.replace(old, new)
-    (mine / "model.py").write_text(source)
-    args = [f"--data={shapes16}", *SMALL, "--my_width=5", "--eval_every=2", f"--out={tmp_path / 'run'}"]
-    printed = launch("train.py", *args, "--max_steps=2", cwd=mine)
-    assert "MFU not known" in printed and "Traceback" not in printed and "perhaps" not in printed
-    logged = log_of(tmp_path / "run")
-    assert logged[0]["loss"] > 100 > 2 > logged[-1]["val_loss"]  # the further loss is of training alone
-    tensors, (run, _) = weights(tmp_path / "run"), checkpoint.read(checkpoint.find(tmp_path / "run"))
-    assert tensors["model.blocks.0.mine.a.weight"].shape == (5, 32) and tensors["model.blocks.0.mine.seen"] > 0
-    assert (tmp_path / "run/model.py").read_text() == source and run["model_sha256"] != checkpoint.code_hash()
-    assert "of my layer" in launch("train.py", "--help", cwd=mine)
-    # under the paper's network, and after a further edit, its code is named
-    draw = ("sample.py", "--checkpoint", tmp_path / "run", "--prompt=a", "--steps=1", "--out", tmp_path / "out")
-    assert "is of another network than today's model.py builds" in launch(*draw, fails=True)
+    file.write_text(source)
+    return source
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """The Python files of the repository, copied"""
+    for path in (path.relative_to(ROOT) for path in (*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py"))):
+        (tmp_path / "mine" / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / path, tmp_path / "mine" / path)
+    return tmp_path / "mine"
+
+
+def test_an_edited_network_trains(fit, mine, tmp_path, capsys):
+    def train_mine(steps, **kw):
+        return fit(out, "--my_width=5", "--schedule=constant", steps=steps, script=mine / "train.py", **kw)
+
+    source, out, copy = edit(mine / "model.py", EDITS), tmp_path / "run", tmp_path / "run/model.py"
+    printed = train_mine(4)
+    assert "MFU not known" in printed and "Traceback" not in printed and "of it extra loss 100." in printed
+    first, *_, last = log_of(out)
+    assert first["loss"] > first["extra_loss"] > 100 > 2 > last["val_loss"]  # it is of training alone
+    assert weights(out)["model.blocks.0.mine.0.weight"].shape == (5, 32) and weights(out)["model.blocks.0.seen"] > 0
+    assert copy.read_text() == source and "of my layer" in launch(mine / "train.py", "--help")
+    with pytest.raises(ValueError, match="unexpected keyword argument 'my_width'"):
+        checkpoint.load_network(checkpoint.find(out))
+    assert f"was made by another model.py, {copy}" in capsys.readouterr().err
+    # another model.py is refused, unless its copy in the folder is deleted
     (mine / "model.py").write_text(source + "\n# edited again\n")
-    assert f"Its own is {tmp_path / 'run/model.py'}" in launch(*draw, cwd=mine)
-    assert f"Its own is {tmp_path / 'run/model.py'}" in launch("train.py", *args, "--max_steps=3", cwd=mine)
-    (again,) = (tmp_path / "run").glob("model.*.py")  # the first copy is kept, the run's last steps have their own
-    assert (tmp_path / "run/model.py").read_text() == source and again.read_text().endswith("again\n")
-    assert f"Its own is {again}" in launch(*draw, fails=True, traceback=True)
+    before = contents(out)
+    assert f"is not the one that made this run, {copy}; delete that copy" in train_mine(5, fails=True)
+    assert contents(out) == before
+    copy.unlink()
+    assert "going on from step 4" in train_mine(5) and copy.read_text().endswith("# edited again\n")
+    # another train.py is a line of warning
+    (mine / "training/log.py").write_text((mine / "training/log.py").read_text() + "\n")
+    printed = train_mine(6)
+    assert printed.count("warning: train.py or training/ has changed") == 1 and "going on from step 5" in printed
+
+
+def test_a_parameter_without_a_gradient(fit, mine, tmp_path):
+    start = "        self.init_weights()\n\n"
+    edit(mine / "model.py", [(start, f"        self.unused = nn.Linear(2, 2)\n{start}")])
+    assert "done: " in fit(tmp_path / "one", steps=1, script=mine / "train.py")
+    message = fit(tmp_path / "two", steps=1, script=mine / "train.py", processes=2, fails=True)
+    assert message.startswith("train.py: unused.bias, unused.weight of the network gets no gradient")

@@ -4,6 +4,7 @@ A line of JSON on standard input, {"argv", "env", "cwd", "out", "err", "processe
 code. Several processes are what torchrun would start: their code is the first that is not 0.
 """
 
+import atexit
 import json
 import os
 import runpy
@@ -25,11 +26,14 @@ def run(job, env):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644), number)
     os.environ.update(job["env"] | env)
     os.chdir(job["cwd"])
-    sys.argv = job["argv"]
-    sys.path[0] = os.getcwd()
+    module, sys.argv = job["argv"][0] == "-m", job["argv"][job["argv"][0] == "-m":]
+    sys.path[0] = os.getcwd() if module else os.path.dirname(sys.argv[0])
     code = 0
     try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        if module:
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
         if error.code is not None and not isinstance(error.code, int):
@@ -37,6 +41,7 @@ def run(job, env):
     except BaseException:
         traceback.print_exc()
         code = 1
+    atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
