@@ -124,7 +124,7 @@ def find(path):
     if Path(path).is_dir():
         newest, _ = newest_readable(path)
         if not newest:
-            raise ValueError(f"no checkpoint (step_ and eight digits.safetensors) in {path}")
+            raise ValueError(f"no checkpoint (step_*.safetensors) in {path}")
         return newest
     if str(path).endswith((".pt", ".pth", ".safetensors")) and not Path(path).exists() and str(path).count("/") >= 2:
         return fetch(path, [str(path).split("/", 2)[2]]) / str(path).split("/", 2)[2]
