@@ -78,6 +78,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from common.machine import autocast, compute_dtype, keep_freed_memory, pick_device
 from common.processes import join, run_script, world_size
+from common.tensors import read_tensors, strip
 from encoders import load_described_vae
 from model import MicroDiT, MicroDiTConfig, edm_loss, kept_patches
 from pictures.prepared import Dataset, Rows, check_same_encoders
@@ -97,7 +98,23 @@ PATIENCE = timedelta(hours=1)  # how long to wait for another process; a large c
 
 
 def train(state, net, batches, report, processes):
-    """Train until max_steps or a signal; return its number or 0. net is state.net wrapped by DDP and compiled."""
+    """Train until max_steps or a signal; return its number or 0. net is state.net wrapped by DDP and compiled.
+
+    Whatever else ends it, the steps that were made are saved before.
+    """
+    first_step = state.step + 1
+    try:
+        return run_steps(state, net, batches, report, processes)
+    except Exception:
+        if processes.rank == 0 and state.step >= first_step and not checkpoint.step_path(out, state.step).exists():
+            with contextlib.suppress(Exception):  # of which the error that ends it may be the cause
+                state.save(out, keep=max_steps)
+                print(f"step {state.step:,} was saved before this:", file=sys.stderr)
+        raise
+
+
+def run_steps(state, net, batches, report, processes):
+    """Do the work of train()."""
     places = own_places(batch_size, micro_batch_size, processes.rank, processes.world)
     stream = batches.stream(range(state.step, max_steps), places, processes.device)
     signals, first_step, stop_signal = Signals(processes), state.step + 1, 0
@@ -220,11 +237,15 @@ def new_state(config, run, device):
     return State(net, optimizers, Average(ema_decay, ema_start), run)
 
 
-def load_autoencoder(described, processes):
-    """Load the autoencoder of the data if checkpoints carry it (in float32), or sample pictures are to be drawn."""
-    carried = "config" in described
-    if carried or sample_every and processes.rank == 0:
-        return load_described_vae(described, processes.device, torch.float32 if carried else None)
+def load_autoencoder(described, path, processes):
+    """Load the autoencoder of the data if checkpoints carry it (in float32), or sample pictures are to be drawn.
+
+    If the run goes on from the checkpoint `path`, that has it.
+    """
+    small = "config" in described
+    if small or sample_every and processes.rank == 0:
+        carried = strip(read_tensors(path, ("vae.",))[1], "vae.") if small and path else None
+        return load_described_vae(described, processes.device, torch.float32 if small else None, carried)
 
 
 def wrap_network(net, processes):
@@ -287,7 +308,7 @@ def main():
         try_run(lambda masked: make_step(state, net, stream, len(places), masked, losses, processes.world), state,
                 settings, meter, processes)
         return processes.leave()
-    state.vae = load_autoencoder(train_set.info["vae"], processes)
+    state.vae = load_autoencoder(train_set.info["vae"], resume, processes)
     report = Report(state, settings, train_set, (val_set, val_rows), compute_dtype(dtype, device), meter, processes)
     stop_signal = train(state, net, batches, report, processes)
     processes.leave()  # together, as torchrun may end the others while process 0 still writes

@@ -163,10 +163,17 @@ def line_of(value):
     return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
+FAILING = set()  # what not_worth_a_run() has said
+
+
 @contextlib.contextmanager
 def not_worth_a_run(what):
-    """Say so where `what` cannot be written, as on a full disk, and go on."""
+    """Go on whatever fails within. That is said once, until it works again."""
     try:
         yield
-    except OSError as error:
-        print(f"warning: {what} could not be written ({error}). Training goes on", file=sys.stderr)
+        FAILING.discard(what)
+    except Exception as error:  # a full disk, data that are gone, another's library, the memory of the GPU
+        if what not in FAILING:
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            print(f"warning: {what} failed ({reason:.300}). Training goes on", file=sys.stderr)
+        FAILING.add(what)

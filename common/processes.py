@@ -1,4 +1,5 @@
 """The processes of a script under torchrun: who they are, what they agree on, and how the script ends."""
+import contextlib
 import os
 import signal
 import sys
@@ -80,7 +81,53 @@ def join(device=None, patience=PATIENCE):
     return Processes(rank, world, device, dist.new_group(backend="gloo", timeout=patience))
 
 
+class Lasting:
+    """Stands for a stream that may go away, as a closed terminal, a closed pipe or a full disk: no line is worth a run.
+
+    What cannot be written is lost. `other` is told once.
+    """
+
+    def __init__(self, stream, other=None):
+        self.stream, self.other, self.lost = stream, other, False
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        return self.call(self.stream.write, text)
+
+    def flush(self):
+        self.call(self.stream.flush)
+
+    def call(self, function, *args):
+        try:
+            return function(*args)
+        except (OSError, ValueError) as error:  # ValueError: it was closed
+            if self.other and not self.lost:
+                print(f"warning: {error}: lines of the standard output are lost", file=self.other)
+            self.lost = True
+
+    def end(self):
+        """Let the interpreter's last flush go nowhere, as it would say that it failed."""
+        self.flush()
+        with contextlib.suppress(OSError, ValueError):
+            if self.lost:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 def run_script(name, main, stopped="The same command goes on where it was"):
+    """Call main() of a script as in run_main(), with an output that may go away."""
+    err = Lasting(sys.stderr)
+    out = Lasting(sys.stdout, err)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            return run_main(name, main, stopped)
+    finally:
+        out.end()
+        err.end()
+
+
+def run_main(name, main, stopped):
     """Call the main() of a script. If that fails for a reason of the user's, or is stopped, end with one line.
 
     Under torchrun all processes mostly meet an error alike. The first says it at once, and the others only if the

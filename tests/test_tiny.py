@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, launch, log_of
+from conftest import SMALL, launch, log_of, weights
 from safetensors.torch import load_file, save_file
 from test_sample import CONFIG, draw, write_run
 
@@ -109,6 +109,23 @@ def test_a_folder_of_pictures(tmp_path):
         image.save(tmp_path / f"{i}.png")
     printed = train_vae(tmp_path / "vae", *args)
     assert "6 pictures, 1 cannot be used" in printed and "5 pictures, 1 to validate on, 2 steps" in printed
+
+
+def test_a_run_has_its_autoencoder_with_it(made, tmp_path):
+    """After that has been moved or trained anew, it goes on with what its checkpoint carries."""
+    run, vae = tmp_path / "run", made / "vae/vae.safetensors"
+    train(made / "data", run, "--schedule=constant")
+    for steps, other in ((5, None), (6, write_vae(tmp_path / "other.safetensors"))):
+        kept = vae.rename(tmp_path / "kept.safetensors")
+        try:
+            if other:
+                shutil.copy(other, vae)
+            printed = train(made / "data", run, f"--max_steps={steps}", "--schedule=constant", "--sample_every=1")
+        finally:
+            kept.rename(vae)
+        assert f"going on from step {steps - 1}" in printed and "warning" not in printed
+        carried = {n: t for n, t in weights(run).items() if n.startswith("vae.")}
+        assert carried and all(torch.equal(t, load_file(vae)[n[4:]]) for n, t in carried.items())
 
 
 def test_another_autoencoder_under_the_same_name_is_refused(made, tmp_path):

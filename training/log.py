@@ -45,14 +45,15 @@ class Losses:
 class Log:
     """Prints lines, and writes the same as JSON lines and to Weights & Biases if wanted."""
 
-    def __init__(self, folder, step, silent=False, wandb="", settings=None):
+    def __init__(self, folder, step, silent=False, wandb="", run=None):
+        """run: what a checkpoint says of itself. Its id is the run's at Weights & Biases, too."""
         self.path, self.silent, self.wandb = Path(folder) / "log.jsonl", silent, None
         self.first_step, self.waiting = step, []  # lines that could not be written yet
-        if wandb and not silent:
-            import wandb as client
-            name = Path(folder).name
-            self.wandb = client.init(project=wandb, name=name, id=name, resume="allow", dir=str(folder),
-                                     config=settings)
+        with not_worth_a_run("Weights & Biases"):
+            if wandb and not silent:
+                import wandb as client
+                self.wandb = client.init(project=wandb, name=Path(folder).name, id=run["id"], resume="allow",
+                                         dir=str(folder), config=run["settings"])
 
     def __call__(self, text, **values):
         if self.silent:
@@ -66,11 +67,13 @@ class Log:
             self.first_step = None
             append_lines(self.path, self.waiting)
             self.waiting = []
-        if self.wandb:
-            self.wandb.log(values, step=values["step"])
+        with not_worth_a_run("Weights & Biases"):
+            if self.wandb:
+                self.wandb.log(values, step=values["step"])
 
     def picture(self, path, step):
         """Send a picture to Weights & Biases, if wanted."""
-        if self.wandb:
-            import wandb as client
-            self.wandb.log({"samples": client.Image(str(path))}, step=step)
+        with not_worth_a_run("Weights & Biases"):
+            if self.wandb:
+                import wandb as client
+                self.wandb.log({"samples": client.Image(str(path))}, step=step)

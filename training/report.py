@@ -1,4 +1,5 @@
 """How good a network is while it trains: its validation loss, sample pictures, and both on one page, progress.png."""
+import contextlib
 import math
 from pathlib import Path
 
@@ -32,7 +33,7 @@ class Report:
         self.folder, self.processes, self.train_set, self.dtype = Path(s["out"]), processes, train_set, dtype
         (self.val_set, self.val_rows), self.meter = validation, meter
         self.losses = Losses(s["p_mean"], s["p_std"], processes)
-        self.log = Log(self.folder, state.step, processes.rank > 0, s["wandb"], s)
+        self.log = Log(self.folder, state.step, processes.rank > 0, s["wandb"], state.run)
 
     def log_step(self, state, lr, grad_norm, masked):
         """Log the steps since the last time; ValueError if too many in a row had to be skipped."""
@@ -59,20 +60,19 @@ class Report:
 
     def validate(self, state):
         """Log the validation loss of the averaged weights, and draw progress.png."""
-        with self.meter.paused():
+        with self.meter.paused(), not_worth_a_run("validation"):
             loss, by_sigma = validate(state.averaged_net, self.val_set, self.val_rows,
                                       self.settings["micro_batch_size"], self.dtype, self.processes)
             self.log(f"step {state.step:6,} | validation loss {loss:.4f} | by noise level "
                      + "  ".join(f"{sigma}: {value:.3f}" for sigma, value in by_sigma.items()),
                      step=state.step, val_loss=loss, val_loss_by_sigma=by_sigma)
             if self.processes.rank == 0:
-                with not_worth_a_run(self.folder / "progress.png"):
-                    draw_progress(self.folder)
+                draw_progress(self.folder)
 
     def draw(self, state):
         """Write sample pictures of the averaged weights, and draw progress.png again."""
         path = self.folder / "samples" / f"step_{state.step:08d}.png"
-        with self.meter.paused(), not_worth_a_run(path.parent):
+        with self.meter.paused(), not_worth_a_run("a grid of sample pictures"):
             images, texts = draw_samples(state.averaged_net, self.val_set, self.val_rows, state.vae, self.dtype,
                                          self.settings["sample_guidance"])
             path.parent.mkdir(exist_ok=True)
@@ -88,19 +88,33 @@ def validate(net, val_set, ids, size, dtype, processes):
     ids = ids[np.arange(n)]
     quantiles = (torch.randperm(n, generator=generator(7)) + 0.5) / n  # one noise level a row, evenly spread
     sigma = (VAL_P_MEAN + VAL_P_STD * torch.special.ndtri(quantiles.double())).exp().float()
-    losses = Losses(VAL_P_MEAN, VAL_P_STD, processes)
-    net.eval()
-    for b in range(processes.rank * size, n, processes.world * size):
-        rows = list(range(b, min(n, b + size)))
-        batch = {name: t.to(device) for name, t in val_set.read(ids[rows]).items()}
-        latents, levels = batch["latents"].float(), sigma[rows].to(device)
-        noise = torch.stack([torch.randn(latents.shape[1:], generator=generator(8, i)) for i in rows]).to(device)
-        with autocast(device, dtype):
-            loss = edm_loss(net, latents, decoded_captions(batch).float(), levels, noise, reduce=False)
-        losses.add(levels, loss)
-    net.train()
+    losses, failed = Losses(VAL_P_MEAN, VAL_P_STD, processes), None
+    with evaluating(net):
+        try:
+            for b in range(processes.rank * size, n, processes.world * size):
+                rows = list(range(b, min(n, b + size)))
+                batch = {name: t.to(device) for name, t in val_set.read(ids[rows]).items()}
+                latents, levels = batch["latents"].float(), sigma[rows].to(device)
+                noise = torch.stack([torch.randn(latents.shape[1:], generator=generator(8, i)) for i in rows])
+                with autocast(device, dtype):
+                    loss = edm_loss(net, latents, decoded_captions(batch).float(), levels, noise.to(device),
+                                    reduce=False)
+                losses.add(levels, loss)
+        except Exception as error:  # the other processes wait for this one
+            failed = str(error) or repr(error)
+    if failed := next(filter(None, processes.gather(failed)), None):
+        raise ValueError(failed)
     loss, _, by_sigma = losses.read()
     return loss, by_sigma
+
+
+@contextlib.contextmanager
+def evaluating(net):
+    net.eval()
+    try:
+        yield
+    finally:
+        net.train()
 
 
 def draw_samples(net, val_set, ids, vae, dtype, guidance):
@@ -110,10 +124,8 @@ def draw_samples(net, val_set, ids, vae, dtype, guidance):
     captions = decoded_captions(val_set.read(ids)).float().to(device)
     noise = torch.stack([torch.randn(c.latent_channels, c.latent_size, c.latent_size, generator=generator(9, i))
                          for i in range(len(ids))]).to(device)
-    net.eval()
-    with autocast(device, dtype):
+    with evaluating(net), autocast(device, dtype):
         latents = draw_latents(net, noise, captions, guidance_scale=guidance)
-    net.train()
     return decode_images(vae, latents), val_set.texts(ids)
 
 

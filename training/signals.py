@@ -1,4 +1,5 @@
 """How a signal ends all processes of a run after the same step."""
+import contextlib
 import os
 import signal
 
@@ -7,20 +8,23 @@ import torch.distributed as dist
 
 
 class Signals:
-    """Makes all processes stop after the same step, on SIGTERM or Ctrl-C; a second Ctrl-C ends them at once.
+    """Makes all processes stop after the same step, on a signal or Ctrl-C; a second Ctrl-C ends them at once.
 
     Each step starts a reduction of the signals received, without waiting, and reads the result of the step before.
     """
 
     def __init__(self, processes):
         self.received, self.work, self.group = 0, None, processes.group
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.handle)
+        for number in (getattr(signal, name, None) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")):
+            # Windows lacks some, and nohup has SIGHUP ignored
+            if number and not (number != signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN):
+                signal.signal(number, self.handle)
 
     def handle(self, number, frame):
         self.received = number
         if number == signal.SIGINT:
-            os.write(2, b"\nfinishing this step; Ctrl-C again ends at once\n")
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                os.write(2, b"\nfinishing this step; Ctrl-C again ends at once\n")
             signal.signal(number, signal.default_int_handler)
 
     def agreed(self):

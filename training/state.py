@@ -25,6 +25,9 @@ class State:
     step: int = 0
     vae: object = None  # the autoencoder of the data, where it is wanted
 
+    def __post_init__(self):
+        self.run.setdefault("id", os.urandom(8).hex())
+
     @property
     def averaged_net(self):
         """Return the network with the averaged weights, or the network itself where there is no average."""
@@ -32,7 +35,6 @@ class State:
 
     def begin(self, folder):
         """Write into the run's folder what it is, and by which model.py, once a step has been made."""
-        self.run.setdefault("id", os.urandom(8).hex())
         write_json(Path(folder) / "run.json", self.run)
         copy = Path(folder) / "model.py"
         if not copy.exists():
