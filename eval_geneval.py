@@ -1,10 +1,9 @@
 """
 GenEval scores of pictures in its official folder layout, without mmdetection: Mask2Former and CLIP of transformers.
+OUT/geneval.json has the scores; docs/evaluation.md says what else is there.
 
     pip install scipy && python eval_geneval.py --images samples/geneval
     torchrun --nproc_per_node=8 eval_geneval.py --images samples/geneval
-
-OUT/geneval.json has the scores; docs/evaluation.md says what else is there.
 """
 from common.machine import exit_with_launcher
 from configurator import configure
@@ -24,7 +23,7 @@ import json
 
 from tqdm import tqdm
 
-from common.files import is_there, read_json, reading, write_json, write_lines
+from common.files import hash_of, is_there, read_json, reading, write_json, write_lines
 from common.folders import claim, lock
 from common.machine import pick_device
 from common.processes import join, run_script
@@ -34,7 +33,6 @@ from evaluation.clip import Clip
 from evaluation.detector import detect, load_detector, name_colors
 from evaluation.prompts import scores_folder
 from pictures.decode import Unusable, load_picture
-from sampling.generated import hash_of
 
 OURS = r"geneval\.json|(results|detections)\.jsonl|detections"  # names in the folder of the scores
 NOTE = "(not mmdetection's weights: scores are close to published ones, not equal)"

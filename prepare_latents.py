@@ -1,20 +1,19 @@
 """
-Pictures and captions -> latents and caption embeddings on disk, ready for train.py.
+Pictures and captions -> latents and caption embeddings on disk, ready for train.py. docs/datasets.md says how pictures
+and captions may lie on disk, and has the commands for the paper's data.
 
     python prepare_latents.py  # the built-in set `shapes`, into data/shapes
     python prepare_latents.py --source photos --out data/photos --resolutions 256
     torchrun --nproc_per_node=8 prepare_latents.py --source 'cc12m/*.tar' --out data/cc12m --resolutions 256 512 \
         --vae stabilityai/stable-diffusion-xl-base-1.0/vae --text_encoder apple/DFN5B-CLIP-ViT-H-14-378
-
-docs/datasets.md says how pictures and captions may lie on disk, and has the commands for the paper's data.
 """
 from common.machine import exit_with_launcher
 from configurator import configure
 
 # What stands in parentheses is checked.
-# Settings. What their comments say in parentheses is checked.
 source = "shapes"          # "shapes" (the built-in set), a folder of pictures, or archives (.tar, .tgz, .zip)
 captions = ""              # a table of captions by picture name, or an archive of texts; empty: beside each picture
+folder_captions = ""       # "a photo of a {}": the caption of pictures that have none, with the name of their folder
 out = "data/shapes"        # folder to write
 vae = "pixels"             # autoencoder: "pixels", a folder, a .safetensors file or a hub id
 text_encoder = "words"     # text encoder: "words", a folder or a hub id
@@ -35,26 +34,27 @@ import hashlib
 import re
 from collections import Counter
 from contextlib import closing
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from common.files import line_of, read_json, whole, write_json
+from common.files import hash_of, line_of, read_json, whole, write_json
 from common.folders import FREE, described, differences, lock, same_command
 from common.machine import pick_device
 from common.processes import join, run_script
-from encoders import describe_vae, load_text_encoder, load_vae, words_of
+from encoders import describe_vae, load_text_encoder, load_vae, warn_of_cut, words_of
 from pictures.captions import caption_chooser
 from pictures.decode import Unusable, Workers, copies, decode_ahead
-from pictures.prepared import FORMAT, SHARD_SIZE, check_same_encoders, of_each_row, read_info, write_shard
-from pictures.sources import find_parts, fingerprint, limited, shapes_parts
+from pictures.prepared import COPY, FORMAT, SHARD_SIZE, check_same_encoders, of_each_row, read_info, write_shard
+from pictures.sources import find_parts, fingerprint, limited, no_captions, shapes_parts
 
 BATCH_SIZE = 64  # pictures encoded at once
-# Settings of earlier versions, with the values that this one goes on with
-FORMER = {"root": "", "scaling_factor": 0.0, "min_size": 0, "nsfw_scores": "", "first_seed": 0, "clean_captions": False}
+# Settings that earlier versions had or had not, with the values that this one goes on with
+FORMER = {"root": "", "scaling_factor": 0.0, "min_size": 0, "nsfw_scores": "", "first_seed": 0, "clean_captions": False,
+          "folder_captions": ""}
 RECORDS = r"\d{5,}(-\d{4,})?\.(done\.json|skipped\.jsonl)"  # which go at the end; the second is of earlier versions
 # what this script writes but dataset.json
 OURS = rf"{RECORDS}|\d{{5,}}(-\d{{4,}})?\.((latents\d+|captions|scales)\.npy|rows\.jsonl)|skipped\.jsonl"
@@ -85,32 +85,33 @@ def load_models():
 
 @functools.cache
 def open_source():
-    """Return (the parts that are used, a hash of the source, the function that chooses captions)."""
+    """Return (all parts of the source, those that are used, the function that chooses captions)."""
     builtin = source == "shapes"
     parts = shapes_parts(limit or 20_000, max(resolutions), SHARD_SIZE) if builtin else find_parts(source, SHARD_SIZE)
-    return limited(parts, limit) if limit else parts, fingerprint(parts), caption_chooser(captions)
+    return parts, limited(parts, limit) if limit else parts, caption_chooser(captions, folder_captions)
 
 
 def set_up():
     """Take the folder; return the numbers of the parts that are not written, None if it is complete."""
     folder = Path(out)
     lock(folder)
-    (autoencoder, text, _), (parts, source_hash, _) = load_models(), open_source()
-    info = {"format": FORMAT, "complete": False, "rows": 0, "shards": [], "words": [],
-            "vae": describe_vae(autoencoder, vae),
-            "text_encoder": {"name": text_encoder, "length": text.length, "dim": text.dim},
-            "source_hash": source_hash, "caption_dtype": caption_dtype, "resolutions": list(resolutions),
-            "settings": {k: v for k, v in settings.items() if k not in FREE}}
-    if described(folder, "dataset.json", OURS) is None:
+    (autoencoder, text, _), (every, parts, choose) = load_models(), open_source()
+    for path, _ in chain.from_iterable(part.files for part in parts if choose.find):
+        choose.find(path.absolute().as_posix())  # ValueError if a caption fits two
+    content = fingerprint(every, captions)
+    info = {"format": FORMAT, "complete": False, "rows": 0, "shards": [], "words": [], "caption_dtype": caption_dtype,
+            "vae": describe_vae(autoencoder, vae), "text_encoder": {"name": text_encoder} | text.about, **content,
+            "resolutions": list(resolutions), "settings": {k: v for k, v in settings.items() if k not in FREE},
+            "source_hash": hash_of(content | {"times in the source": ""})}  # which are no matter to a run
+    before = described(folder, "dataset.json", OURS)
+    if before is None or before.get("skipped") and not before["rows"]:  # of which nothing could be used
         write_json(folder / "dataset.json", info)
     old = read_info(folder)
-    changed = differences(old, {"source_hash": source_hash})
-    same_command(folder, old["settings"], FORMER | info["settings"], [] if old["complete"] else changed)
+    same_command(folder, FORMER | old["settings"], FORMER | info["settings"], differences(old, content))
     check_same_encoders(info, "this command", old, folder)
     if old["complete"]:
         delete_records(folder)  # which a kill at the very end has left
-        changed = f", of what {source} was then: delete it to begin again" if changed else ""
-        print(f"{folder} is already prepared: {old['rows']:,} rows{changed}")
+        print(f"{folder} is already prepared: {old['rows']:,} rows")
         return None
     # records of earlier versions name no shards
     return [n for n in range(len(parts)) if not (record_of(n).exists() and "shards" in read_json(record_of(n)))]
@@ -118,8 +119,8 @@ def set_up():
 
 def write_part(number, pool, quiet):
     """Write the shards of a part one after another, and last its record."""
-    parts, _, choose = open_source()
-    record = {"shards": [], "skipped": []}
+    (_, parts, choose), (_, text, _) = open_source(), load_models()
+    record = {"shards": [], "skipped": [], "cut": 0}
     entries = decode_ahead((choose(*entry) for entry in parts[number].entries()), pool, 2 * BATCH_SIZE, resolutions)
     entries = tqdm(entries, f"part {number + 1} of {len(parts)}", parts[number].most, leave=False, disable=quiet)
     pictures = with_copies(entries, record["skipped"])
@@ -131,6 +132,7 @@ def write_part(number, pool, quiet):
         arrays = {kind: np.concatenate([encoded[kind] for _, encoded in batches]) for kind in batches[0][1]}
         write_shard(out, shard["name"], arrays, arrays.pop("captions"), rows, caption_dtype)
         record["shards"].append(shard)
+        record["cut"] += text.longer([row["caption"] for row in rows])
     write_json(record_of(number), record)
 
 
@@ -183,26 +185,32 @@ def delete_records(folder):
 
 def complete():
     """Write skipped.jsonl and dataset.json; ValueError if no picture could be used."""
-    folder, reasons, words = Path(out), Counter(), set()
-    info = read_info(folder)
+    folder, reasons, words, silent, cut = Path(out), Counter(), set(), [], 0
+    info, (_, parts, choose) = read_info(folder), open_source()
     with whole(folder / "skipped.jsonl") as temporary, open(temporary, "wb") as file:
-        for number in range(len(open_source()[0])):
+        for number in range(len(parts)):
             record = read_json(record_of(number), ": delete it, and its part is written again")
             info["shards"] += record["shards"]
             reasons.update(picture["reason"].split(":")[0] for picture in record["skipped"])
+            silent += [picture["source"] for picture in record["skipped"] if picture["reason"] == "no caption"][:3]
+            cut += record.get("cut", 0)
             file.writelines(map(line_of, record["skipped"]))
+    for shard in info["shards"] if choose.find and parts[0].archive else ():  # of other processes and starts, too
+        list(map(choose.find, of_each_row(folder / shard["name"], lambda row: COPY.sub("", row["source"]))))
     for shard in info["shards"] if text_encoder == "words" else ():  # whose vocabulary sample.py wants to know
         words.update(*of_each_row(folder / shard["name"], lambda row: words_of(row["caption"])))
     info |= {"complete": True, "rows": sum(shard["rows"] for shard in info["shards"]), "words": sorted(words),
-             "skipped": dict(sorted(reasons.items()))}
-    if info["rows"]:
-        write_json(folder / "dataset.json", info)
-    delete_records(folder)  # where nothing could be used, the next start looks again
+             "captions_cut": cut, "skipped": dict(sorted(reasons.items()))}
+    write_json(folder / "dataset.json", info | {"complete": info["rows"] > 0})
+    delete_records(folder)
     skipped = "; ".join(f"{n:,} x {reason}" for reason, n in info["skipped"].items())
     report = f"{info['rows']:,} rows" + (f", skipped {skipped} (listed in skipped.jsonl)" if skipped else "")
+    most = reasons["no caption"] > info["rows"] // (1 + flips + shifts)
+    why = f". {no_captions(parts, silent, getattr(choose.find, 'names', ()))}" if most else ""
     if not info["rows"]:
-        raise ValueError(f"none of the pictures of {source} could be used: {folder} has {report}")
-    print(f"{folder}: {report}")
+        raise ValueError(f"none of the pictures of {source} could be used: {folder} has {report}{why}")
+    print(f"{folder}: {report}{why}")
+    warn_of_cut(cut, load_models()[1])
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ latent_noise = 0.6          # most noise added to latents, of variance 1: the de
 max_steps = 1500            # steps in all (>= 1)
 batch_size = 16             # pictures per step (>= 2)
 learning_rate = 4e-3        # of Muon for the convolutions, and of AdamW for all else; falls in the second half (> 0)
-seed = 2024                 # of weights, data order, flips and noise (>= 0)
+seed = 2024                 # of weights, data order, flips and noise (>= 0, < 9e18)
 eval_every = 400            # steps between validations, reconstructions and saves of the state to go on from (>= 1)
 device = "auto"             # cuda, mps or cpu; auto: the best there is
 
@@ -32,6 +32,7 @@ if __name__ == "__main__":
 import math
 import time
 from pathlib import Path
+from shlex import quote
 
 import torch
 
@@ -132,8 +133,10 @@ def main():
     lock(out)
     file, state_file = Path(out) / "vae.safetensors", Path(out) / "state.safetensors"
     parts = shapes_parts(limit, resolution, limit) if source == "shapes" else find_parts(source, limit)
-    command, config = settings | {"source_hash": fingerprint(parts)}, config_for(downsample, latent_channels, width)
-    described(out, "vae.json", OURS)  # refuses a folder of others before the pictures are read
+    config = config_for(downsample, latent_channels, width)
+    known = described(out, "vae.json", OURS) or {}  # refuses a folder of others before the pictures are read
+    content = {} if "source_hash" in known else fingerprint(parts)  # that is of an earlier version
+    command = settings | {key: value for key, value in content.items() if not key.startswith("captions")}
     images = torch.from_numpy(read_squares(parts, limit, resolution, workers=0 if source == "shapes" else -1))
     held = torch.arange(len(images)) % max(100, len(images) // MOST_HELD) == 0  # of all classes of a sorted source
     images, held = images[~held], images[held]
@@ -163,7 +166,7 @@ def main():
     train(model, optimizer, step, images, held, save_state)
     model.absorb_norm(images)
     save(file, model.net.state_dict(), {"config": config})
-    print(f"done: {file}. Use it with: python prepare_latents.py --vae {file} --resolutions {resolution} ...")
+    print(f"done: {file}, for: python prepare_latents.py --vae {quote(str(file))} --resolutions {resolution} ...")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Reading files that anybody may have edited, and writing files that are there whole or not at all."""
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -158,22 +159,22 @@ def append_lines(path, values):
             raise
 
 
+def hash_of(value):
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
 def line_of(value):
     # file names may contain bytes that are not valid text: escape them
     return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
-FAILING = set()  # what not_worth_a_run() has said
-
-
 @contextlib.contextmanager
-def not_worth_a_run(what):
+def not_worth_a_run(what, failing=set()):  # noqa: B006 (what was said)
     """Go on whatever fails within. That is said once, until it works again."""
     try:
         yield
-        FAILING.discard(what)
+        failing.discard(what)
     except Exception as error:  # a full disk, data that are gone, another's library, the memory of the GPU
-        if what not in FAILING:
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
-            print(f"warning: {what} failed ({reason:.300}). Training goes on", file=sys.stderr)
-        FAILING.add(what)
+        if what not in failing:
+            print(f"warning: {what} failed ({' '.join(repr(error).split()):.300}). Training goes on", file=sys.stderr)
+        failing.add(what)

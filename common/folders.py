@@ -21,10 +21,9 @@ DESCRIPTIONS = {"run.json": "train.py", "vae.json": "train_vae.py", "dataset.jso
                 "study.json": "studies.ablate"}
 # What may differ when a command goes on, because the result is the same but for the order of sums. Data are compared by
 # their content, and max_steps by the scripts themselves.
-FREE = frozenset((
-    "data", "val_data", "out", "max_steps", "micro_batch_size", "device", "compile", "offload",
-    "activation_checkpointing", "workers", "log_every", "eval_every", "sample_every", "sample_guidance",
-    "checkpoint_every", "keep_checkpoints", "price", "wandb", "check", "parallel"))
+FREE = frozenset("""data val_data out max_steps micro_batch_size device compile offload activation_checkpointing workers
+    log_every eval_every sample_every sample_guidance checkpoint_every keep_checkpoints price wandb check parallel
+    """.split())
 
 
 def lock(folder):
@@ -56,22 +55,20 @@ def remove_if_empty(folder):
 
 def take_lock(folder):
     """Return the number of an open file that holds the lock of a folder; BlockingIOError if another process has it."""
-    try:
-        import fcntl
-        holder = os.open(folder, os.O_RDONLY)
-        fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except ImportError:  # Windows locks files alone
+    if os.name == "nt":  # Windows locks files alone
         import msvcrt
         holder = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
-        try:
+        with contextlib.suppress(OSError):
             msvcrt.locking(holder, msvcrt.LK_NBLCK, 1)
-        except OSError:
-            raise BlockingIOError from None
+            return holder
+        raise BlockingIOError
+    import fcntl
+    try:
+        fcntl.flock(holder := os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
     except OSError:  # some network disks lock nothing but files that are open for writing
-        holder = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
-        fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(holder := os.open(folder / ".lock", os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX | fcntl.LOCK_NB)
     return holder
 
 
@@ -107,7 +104,8 @@ def remove_leftovers(folder, ours):
 def differences(old, new, free=FREE):
     """Describe, as a list of texts, each entry of `new` that is another in `old` and makes another result."""
     new = json.loads(json.dumps(new))  # with lists for tuples, as in what was read from a file
-    return [f"{name}: {old[name]!r:.100} there, {value!r:.100} now" for name, value in new.items()
+    return [f"{name}: another one now" if re.fullmatch("[0-9a-f]{16,}", str(value)) else
+            f"{name}: {old[name]!r:.100} there, {value!r:.100} now" for name, value in new.items()
             if name not in free and name in old and old[name] != value]
 
 

@@ -1,5 +1,6 @@
 """What is in tars and zips, member by member, however damaged they are."""
 import functools
+import io
 import tarfile
 import zipfile
 
@@ -36,15 +37,25 @@ class Header(tarfile.TarInfo):
 
 
 def members(path):
-    """Yield (name, size, read) of each file; read() gives its bytes at once, or is None for a link."""
+    """Yield (name, size, read, later) of each file; read() gives its bytes, at once or `later` too; None for a link."""
     if path.suffix.lower() == ".zip":
         with zipfile.ZipFile(path) as archive:
             for member in sorted(archive.infolist(), key=lambda member: member.filename.rpartition(".")):
-                yield member.filename, member.file_size, functools.partial(archive.read, member)
+                yield member.filename, member.file_size, functools.partial(archive.read, member), False
     else:
         with tarfile.open(path, tarinfo=Header, ignore_zeros=True) as tar:
             for member in tar:
                 tar.members = []  # or tarfile keeps every header
+                later = member.isreg() and not member.issparse() and isinstance(tar.fileobj, io.BufferedReader)
+                read = functools.partial(read_at, path, member.offset_data, member.size) if later else (
+                    (lambda: tar.extractfile(member).read()) if member.isfile() else None)
                 if not member.isdir():
-                    read = (lambda: tar.extractfile(member).read()) if member.isfile() else None
-                    yield member.name, member.size, read
+                    yield member.name, member.size, read, later
+
+
+def read_at(path, offset, size):
+    with open(path, "rb") as file:
+        file.seek(offset)
+        if len(data := file.read(size)) == size:
+            return data
+    raise EOFError("the archive breaks off within it")

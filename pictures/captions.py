@@ -1,17 +1,20 @@
 """
-Captions that do not lie beside their pictures: one of these, as it is or in an archive. A picture's first one counts.
+Captions. They lie beside their pictures, or in one of these, as it is or in an archive. A picture's first one counts.
 
     COCO       {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}
     records    [{"image": ..., "caption": ...}], {"data": [...]}, one such object a line (.jsonl), or .tsv, .csv with a
-               header; for the fields' names see FILE_FIELDS, ID_FIELDS and CAPTION_FIELDS
+               header; for the fields' names, in capitals or not, see FILE_FIELDS, ID_FIELDS and CAPTION_FIELDS
     by name    {"picture.png": "caption"}
     texts      an archive or folder of NAME.txt, the caption of picture NAME
 """
 import codecs
+import contextlib
 import csv
 import io
 import json
 import re
+import unicodedata
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from common.files import json_lines, reading
@@ -19,57 +22,96 @@ from pictures.archives import ARCHIVES, members
 from pictures.decode import Unusable
 
 # fields in published sets
-FILE_FIELDS = ("file_name", "img_path", "image_path", "image", "img", "filename")
-ID_FIELDS = ("image_name", "image_id", "name")  # they count if no file is named, or if they are its name without ending
-CAPTION_FIELDS = ("caption", "prompt", "caption_str", "text")
+FILE_FIELDS = ("file_name", "img_path", "image_path", "filepath", "image", "img", "filename", "file", "path", "url")
+ID_FIELDS = ("image_name", "image_id", "name", "item_id")  # they count if no file is named, or if they are its name
+CAPTION_FIELDS = ("caption", "prompt", "caption_str", "text", "title")
 TABLES = (".json", ".jsonl", ".tsv", ".csv")
+TEXTS = (".txt", ".caption", ".json")  # what is read of what lies beside pictures
 MOST_BYTES_OF_TABLE = 2 ** 30  # of captions
 
 
-def caption_chooser(captions=""):
-    """Return a function that gives an entry its caption, or makes its picture Unusable."""
+def caption_chooser(captions="", folder_captions=""):
+    """Return a function that gives an entry its caption, or makes its picture Unusable; {} is the picture's folder."""
     find = read_captions(captions) if captions else None
 
     def choose(name, picture, caption):
         if isinstance(picture, Unusable):
             return name, picture, caption
-        caption = find(name) if find else caption
+        caption = find(picture.absolute().as_posix() if isinstance(picture, Path) else name) if find else caption
         caption = caption.strip() if isinstance(caption, str) else ""
+        folder = PurePosixPath(plain(name)).parent.name
+        if not caption and folder_captions and folder and not folder.lower().endswith(ARCHIVES):
+            caption = folder_captions.replace("{}", folder.replace("_", " "))
         if "\ufffd" in caption:  # which stands for what could not be decoded
             picture = Unusable("its caption is neither UTF-8 nor marked as UTF-16")
         # no tokenizer takes halves of surrogate pairs
         return name, picture if caption else Unusable("no caption"), caption.encode("utf-8", "replace").decode()
+    choose.find = find
     return choose
 
 
 def read_captions(path):
-    """Return a function from a picture's name to its caption or None."""
-    path, by_name = Path(path), {}
-    if path.is_dir():
-        return lambda name: look_up(lambda key: text_of(path / f"{key}.txt"), name)
+    """Return a function from a picture's path to its caption or None; ValueError for a second one that it fits."""
+    path, by_name, pictures, addresses, columns = Path(path), {}, {}, {}, {}
+
+    def find(name):
+        parts = plain(name).split("/")
+        for end in ("/".join(parts[i:]) for i in range(len(parts))):
+            for key in (end, stem(end)):
+                if (caption := by_name.get(key)) is not None:
+                    if stem(other := pictures.setdefault(key, name)) != stem(name):
+                        raise ValueError(f"{path}: the caption of '{key}' fits both {other} and {name}: name their "
+                                         "folders in it, too")
+                    return caption
+
     with reading(path):
-        if not path.is_file():
-            raise OSError("no such file")
-        files = members(path) if path.name.lower().endswith(ARCHIVES) else [(path.name, 0, path.read_bytes)]
-        for file, size, read in files:
-            for name, caption in captions_of_file(file, size, read) if read else ():
-                if caption:
-                    by_name.setdefault(name, caption)
+        files = members(path) if path.name.lower().endswith(ARCHIVES) else [
+            (str(file.relative_to(path if path.is_dir() else path.parent)), 0, file.read_bytes, False)
+            for file in ([f for f in sorted(path.rglob("*")) if f.is_file()] if path.is_dir() else [path])]
+        for file, size, read, _ in files:
+            for names, caption, address in captions_of_file(file, size, read, columns) if read else ():
+                for name in names if caption else ():
+                    alike = address and addresses.setdefault(name, address) != address  # two that end alike
+                    by_name[name] = "" if alike else by_name.get(name, caption)
         if not by_name:
-            raise ValueError("it has no captions in a layout of pictures/captions.py")
-    return lambda name: look_up(by_name.get, name)
+            raise no_captions(columns)
+    find.names = [*islice(by_name, 3)]
+    return find
 
 
-def look_up(get, name):
-    """Return what get(key) knows of a picture's name or the end of its path, with or without the ending."""
-    parts = PurePosixPath(name).parts
-    ends = [PurePosixPath(*parts[i:]) for i in range(len(parts))]
-    found = (get(key) for end in ends for key in (str(end), str(end.with_suffix(""))))
-    return next((caption for caption in found if caption is not None), None)
+def plain(name):
+    """Return a path as paths are compared: / between folders and not in front, and accents composed."""
+    name = re.sub("^([A-Za-z]:)?/+", "", name.replace("\\", "/"))
+    return unicodedata.normalize("NFC", str(PurePosixPath(name)))
 
 
-def text_of(path):
-    return decoded(path.read_bytes()).strip() if path.is_file() else None
+def stem(name):
+    return str(PurePosixPath(name).with_suffix(""))
+
+
+def beside(picture, texts):
+    """Return the texts that hold a picture's caption, of {name without ending: texts} of a folder or archive: those of
+    its name, or of its WebDataset key, which ends at the first dot, as it is or with a word as in 1.caption.txt."""
+    name, key = plain(picture), key_of(picture)
+    names = name, stem(name), key, *(f"{key}.{word}" for word in CAPTION_FIELDS)
+    return next((texts[n] for n in names if texts.get(n)), [])
+
+
+def key_of(name):
+    """Return what WebDataset takes for the name of a sample: the path up to the first dot of the file's name."""
+    folder, slash, file = plain(name).rpartition("/")
+    return folder + slash + file.partition(".")[0]
+
+
+def caption_among(files):
+    """Return the caption that one of TEXTS among {name: bytes or Unusable} holds, or None."""
+    texts = {PurePosixPath(name).suffix.lower(): data for name, data in files.items() if isinstance(data, bytes)}
+    for ending in (ending for ending in TEXTS if ending in texts):
+        if ending != ".json":
+            return decoded(texts[ending])
+        with contextlib.suppress(ValueError, RecursionError):  # none of captions
+            table = json.loads(decoded(texts[ending]))
+            return caption_of(table) if isinstance(table, dict) else None
 
 
 def decoded(data):
@@ -80,32 +122,44 @@ def encoding_of(data):
     return "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
 
 
-def captions_of_file(file, size, read):
-    """Yield (picture name, caption or None) of a file of captions that read() gives."""
-    path, ending = PurePosixPath(file), PurePosixPath(file).suffix.lower()
-    if ending in (*TABLES, ".txt") and size > MOST_BYTES_OF_TABLE:
+def captions_of_file(file, size, read, columns):
+    """Yield (picture names, caption or None, the picture's address or None) of a file of captions that read() gives."""
+    ending = PurePosixPath(file).suffix.lower()
+    if ending in (*TABLES, *TEXTS) and size > MOST_BYTES_OF_TABLE:
         raise ValueError(f"{file} has {size:,} bytes, more than is harmless")
-    if ending == ".txt":
-        yield str(path.with_suffix("")), decoded(read()).strip()
+    if ending in TEXTS[:2]:
+        yield [stem(plain(file))], decoded(read()).strip(), None
     elif ending in TABLES:
-        for names, caption in records(file, read()):
-            yield from ((name, caption) for name in names)
+        yield from records(file, read(), columns)
 
 
-def records(name, data):
-    """Return (names of the picture, caption or None) of each entry of a table of captions."""
+def no_captions(columns):
+    return ValueError(f"it has no captions: its columns are {', '.join([*columns][:20]) or 'none'}, and read are "
+                      f"{', '.join(CAPTION_FIELDS)}, of pictures {', '.join(FILE_FIELDS + ID_FIELDS)}")
+
+
+def records(name, data, columns):
+    """Yield (names of the picture, caption or None, address or None) of each entry of a table; note its columns."""
     lines = io.TextIOWrapper(io.BytesIO(data), encoding_of(data), "replace", newline="")
     csv.field_size_limit(2 ** 31 - 1)
     ending = PurePosixPath(name).suffix.lower()
     if ending == ".csv":
-        rows = csv.DictReader(lines)
+        header = lines.readline()
+        lines.seek(0)
+        rows = csv.DictReader(lines, delimiter=max(",;\t|", key=header.count))
     elif ending == ".tsv":  # where quotation marks belong to captions
         rows = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
     elif ending == ".jsonl":
         rows = json_lines(name, lines)
     else:
         rows = rows_of_json(json.load(lines))
-    return (names_and_caption(row) for row in rows if isinstance(row, dict))
+    for row in rows:
+        if isinstance(row, dict) and any(row.get(None, ())):
+            raise ValueError(f"a row has more columns than the header, {row[None]}: put quotes around captions")
+        row = {str(k).strip().lower(): v for k, v in (row if isinstance(row, dict) else {"caption": row}).items()}
+        columns.update(dict.fromkeys(row) if not columns else ())
+        names, address = names_of(row)
+        yield names, caption_of(row), address
 
 
 def rows_of_json(table):
@@ -114,16 +168,24 @@ def rows_of_json(table):
     if "images" in table and "annotations" in table:
         captions = {a["image_id"]: a["caption"] for a in reversed(table["annotations"]) if a.get("caption")}
         return [{"file_name": image["file_name"], "caption": captions.get(image["id"])} for image in table["images"]]
-    if isinstance(table.get("data"), list):
-        return table["data"]
+    if lists := [table[key] for key in ("data", "prompts", "captions") if isinstance(table.get(key), list)]:
+        return lists[0]
     return [{"name": name, "caption": caption} for name, caption in table.items()]
 
 
-def names_and_caption(record):
-    """Return (all names of a record's picture, caption or None)."""
-    files, ids = ([str(PurePosixPath(str(record[field]))) for field in fields if record.get(field) not in (None, "")]
+def names_of(row):
+    """Return (all names of a row's picture, its address on the web if it has no other)."""
+    files, ids = ([plain(str(row[field])) for field in fields if row.get(field) not in (None, "")]
                   for fields in (FILE_FIELDS, ID_FIELDS))
-    stems = {PurePosixPath(name).stem for name in files}
-    texts = [record[field].strip() for field in CAPTION_FIELDS if isinstance(record.get(field), str)]
-    caption = re.sub(r'^"([^"]*)"$', r"\1", next(filter(None, texts), "")).strip()
-    return files + [name for name in ids if not files or name in stems], caption or None
+    names = [name for name in files if not re.match(r"\w\w+:/", name)]
+    address = files[0] if files and not names and not ids else None
+    names = [re.sub("[?#].*", "", address).rpartition("/")[2]] if address else names
+    stems = {PurePosixPath(name).stem for name in names}
+    return names + [name for name in ids if not names or name in stems], address
+
+
+def caption_of(row):
+    """Return the first caption of a row, of a list the first, or None."""
+    texts = [value[0] if isinstance(value, list) and value else value for value in map(row.get, CAPTION_FIELDS)]
+    caption = next((text.strip() for text in texts if isinstance(text, str) and text.strip()), "")
+    return re.sub(r'^"([^"]*)"$', r"\1", caption).strip() or None

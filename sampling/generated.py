@@ -1,12 +1,10 @@
 """Folders of pictures that a network generates. Several processes fill one together, and may be stopped any time."""
-import hashlib
-import json
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from common.files import is_there
+from common.files import hash_of, is_there
 from common.images import save_picture
 from common.tensors import tensors_hash
 from sampling.pipeline import generate
@@ -15,14 +13,9 @@ from sampling.pipeline import generate
 def describe(pipeline, jobs, **settings):
     """Return what the pictures of the jobs [(name in the folder, prompt, seed)] are a function of."""
     weights = [getattr(part, "model", part) for part in (pipeline.net, pipeline.vae, pipeline.text_encoder)]
-    return {**settings, "prompts_sha256": hash_of(jobs),
+    return {**settings, "prompts_sha256": hash_of(jobs), "scaling_factor": pipeline.vae.scaling_factor,
             "weights_sha256": tensors_hash(*(w for w in weights if isinstance(w, torch.nn.Module))),
-            "device": pipeline.device.type, "dtype": str(pipeline.dtype).removeprefix("torch."),
-            "scaling_factor": pipeline.vae.scaling_factor}
-
-
-def hash_of(value):
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+            "device": pipeline.device.type, "dtype": str(pipeline.dtype).removeprefix("torch.")}
 
 
 def fill(pipeline, folder, jobs, batch_size, processes, **drawing):

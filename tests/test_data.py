@@ -2,6 +2,7 @@
 import json
 import os
 import shutil
+from collections import Counter
 from itertools import count, cycle
 
 import numpy as np
@@ -258,9 +259,102 @@ def test_the_number_of_processes_changes_nothing_even_where_an_archive_breaks_of
     assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "part")
     reasons = [line["reason"][:11] for line in lines_of(tmp_path / "1/skipped.jsonl")]
     assert reasons == ["cannot be r", "the archive"]
-    (tmp_path / "in/c.tar").unlink()  # of a source that has changed what is complete is used, and nothing more prepared
-    assert "already prepared: 27 rows, of what" in launch("prepare_latents.py", *args, tmp_path / "1")
-    assert "source_hash" in launch("prepare_latents.py", *args, tmp_path / "other", fails=True)
+    (tmp_path / "in/c.tar").unlink()
+    for name in ("1", "other"):  # a complete one and one that is not
+        message = launch("prepare_latents.py", *args, tmp_path / name, fails=True)
+        assert "another command (number in the source: 3 there, 2 now; names in the source: another" in message
+
+
+CHANGES = {  # what may change in a source of pictures, how, and what is said of it
+    "exchanged": (lambda f: write(f, {"in/0.png": encoded(noise(9, (50, 36)))}), "sizes in the source: another"),
+    "touched": (lambda f: os.utime(f / "in/0.png", (1, 1)), "times in the source"),
+    "added": (lambda f: write(f, {"in/x/9.png": PNG, "in/x/9.txt": b"9"}), "number in the source: 3 there, 4 now"),
+    "renamed": (lambda f: (f / "in/0.png").rename(f / "in/5.png"), "names in the source"),
+    "a caption": (lambda f: write(f, {"in/0.txt": b"another"}), "captions in the source"),
+    "a caption's name": (lambda f: (f / "in/2.txt").rename(f / "in/1.caption"), "captions in the source"),
+    "the table": (lambda f: write(f, {"a.csv": b"image,caption\n0.png,another\n"}), "captions in the source"),
+    "an archive": (lambda f: write(f, {"a.tar": tar_bytes(pair("4"))}), "times in the source")}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_source_that_has_changed_is_noticed(name, tmp_path, capsys):
+    change, words = CHANGES[name]
+    write(tmp_path, {f"in/{file}": data for i in range(3) for file, data in pair(f"{i}")})
+    write(tmp_path, {"a.csv": b"image,caption\n0.png,one\n", "a.tar": tar_bytes(pair("3"))})
+    source = tmp_path / ("a.tar" if name == "an archive" else "in")
+    args = ["--source", source, "--out", tmp_path / "d", *([f"--captions={tmp_path}/a.csv"] * (name == "the table"))]
+    prepare(*args)
+    prepare(*args)
+    assert "is already prepared" in capsys.readouterr().out
+    before = contents(tmp_path / "d")
+    change(tmp_path)
+    with pytest.raises(SystemExit):
+        prepare(*args)
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert words in message and "delete it to begin again" in message and contents(tmp_path / "d") == before
+
+
+# --- captions ---
+
+
+def test_a_folder_for_each_class(tmp_path, capsys):
+    write(tmp_path, {f"in/train/{name}/{i}.png": PNG for name in ("t-shirt", "hot_dog") for i in range(3)})
+    write(tmp_path, {"in/train/t-shirt/0.txt": b"its own", "top/0.png": PNG, "a.tar": tar_bytes([("cat/0.png", PNG)])})
+    args = ("--source", tmp_path / "in", "--out")
+    prepare(*args, tmp_path / "some")
+    message = capsys.readouterr().out.strip().splitlines()[-1]
+    assert 'have no caption, as train/hot_dog/0.png, train/hot_dog/1.png, ' in message
+    assert message.endswith('give --folder_captions "a photo of a {}"')
+    for source, expected in (("in", {"its own": 1, "a photo of a t-shirt": 2, "a photo of a hot dog": 3}),
+                             ("a.tar", {"a photo of a cat": 1})):
+        prepare("--source", tmp_path / source, "--folder_captions", "a photo of a {}", "--out", tmp_path / "d" / source)
+        data = Dataset(tmp_path / "d" / source, 16)
+        assert Counter(data.texts(range(len(data)))) == expected
+    with pytest.raises(SystemExit):
+        prepare("--source", tmp_path / "top", "--folder_captions", "a photo of a {}", "--out", tmp_path / "no")
+    assert "none of the pictures" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("files, args, words", [
+    ({"in/a.png": PNG, "in/a.xml": b"x", "in/b.png": PNG, "in/metadata.csv": b"x"}, (),
+     ("as a.png, b.png. Beside them lie .xml, .csv; read are .txt, .caption, .json of the same name", "--captions F")),
+    ({"in/a.tar": tar_bytes([("a.png", PNG), ("a.cls", b"5"), ("b.png", PNG)])}, (),
+     ("a.tar/a.png", "lie .cls; read are")),
+    ({"in/a.png": PNG, "t.csv": b"image,caption\nx/1.png,one\nx/2.png,two\n"}, ("--captions={tmp}/t.csv",),
+     ("as a.png. The table names x/1.png, x/2.png",))])
+def test_where_most_pictures_have_no_caption_it_says_what_was_seen(files, args, words, tmp_path, capsys):
+    write(tmp_path, files)
+    with pytest.raises(SystemExit):
+        prepare("--source", tmp_path / "in", "--out", tmp_path / "d", *(arg.format(tmp=tmp_path) for arg in args))
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert all(word in message for word in ("none of the pictures", *words)), message
+
+
+def test_a_caption_that_fits_two_pictures_is_refused_before_anything_is_written(tmp_path):
+    write(tmp_path, {"in/cat/000.png": PNG, "in/dog/000.png": PNG, "t.csv": b"image,caption\n000.png,a cat\n"})
+    message = launch("prepare_latents.py", "--source", tmp_path / "in", "--captions", tmp_path / "t.csv", "--out",
+                     tmp_path / "d", fails=True)
+    assert "fits both" in message and "cat/000.png and" in message and not (tmp_path / "d").exists()
+
+
+def test_a_caption_that_fits_pictures_of_two_archives_is_refused_always(tmp_path):
+    """By one process as it meets them, by the same command again, and by two processes"""
+    for name in "ab":
+        write(tmp_path, {f"in/{name}.tar": tar_bytes([(f"{i}.png", PNG) for i in range(3)])})
+    write(tmp_path, {"t.csv": b"image,caption\n0.png,a cat\n"})
+    for processes in (1, 1, 2):
+        message = launch("prepare_latents.py", "--source", tmp_path / "in", "--captions", tmp_path / "t.csv", "--out",
+                         tmp_path / "d", processes=processes, fails=True)
+        assert "fits both" in message and "a.tar/0.png" in message and "b.tar/0.png" in message
+    assert not json.loads((tmp_path / "d/dataset.json").read_text())["complete"]
+
+
+def test_formats_that_are_not_read_and_captions_that_are_cut_are_counted(tmp_path):
+    write(tmp_path, dict(file for i in range(3) for file in pair(f"in/{i}")) | {"in/a.heic": b"", "in/b.HEIC": b""})
+    write(tmp_path, {"in/0.txt": b"word " * 17, "in/1.txt": b"word " * 16})
+    printed = launch("prepare_latents.py", "--source", tmp_path / "in", "--out", tmp_path / "d")
+    assert "3 rows, skipped 2 x .heic is not read, convert it to .jpg or .png" in printed
+    assert "1 of the captions are longer than the 16 tokens that the text encoder reads" in printed
 
 
 # --- what goes wrong ---

@@ -1,4 +1,5 @@
 """Where pictures come from, with a hostile input set: everything good is kept, everything bad has its reason."""
+import base64
 import io
 import os
 import runpy
@@ -7,6 +8,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 import zlib
 from contextlib import closing
@@ -14,7 +16,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 from conftest import ROOT
-from PIL import Image
+from PIL import Image, ImageCms, PngImagePlugin
 
 from common import files
 from pictures import captions, decode, sources
@@ -99,6 +101,11 @@ def png_that_says(width, height):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
 
 
+# a profile with Display P3's primaries and a gamma of 2.2
+P3 = zlib.decompress(base64.b85decode(
+    "c-muNV0@96pO?xcz`&53S5g$@?xYYA8KuC01QL^r3mEW%Z`T+YLG)!^2GRj%N@{U3kp2L~8Oa4jB@7IV5kR&;"
+    "c}W3?odINv6agItWY>V$=@9k=5IYINUIJDV666eI?*Qpdhp<n8*hvuf4G<e@7YJ~>WEL0XBvvW}7&A~El%!Ua"
+    "fM`(If@nmTBEkwG)_k9V!FK=u|NnO*#Ju)1Fl;nuVBp$`5Yw<=U=ZYHU^uZexwNPZY84|B(EWt?0GD?^`v"))
 PNG, JPEG, WEBP = encoded(noise(1)), encoded(noise(2), "JPEG"), encoded(noise(3), "WEBP")
 exif = Image.Exif()
 exif[0x0112] = 77  # an orientation that does not exist
@@ -162,6 +169,17 @@ def test_pixels_of_every_mode():
     expected = np.asarray(smooth.crop((4, 0, 36, 32)), float)
     for mode, kind, options in (("CMYK", "JPEG", {"quality": 95}), ("RGBA", "PNG", {}), ("RGB", "WEBP", {})):
         assert abs(square(smooth.convert(mode), kind, **options) - expected).mean() < 8
+    for profile, mode in ((P3, "RGB"), (P3, "RGBA"), (P3, "P")):  # of a phone: its red is more than sRGB's
+        image = Image.new("RGB", (40, 40), (200, 60, 60)).convert(mode)
+        shown, plain = square(image, icc_profile=profile).mean((0, 1)), square(image).mean((0, 1))
+        assert abs(plain - (200, 60, 60)).max() < 2 and shown[0] > 212 and shown[1] < 52, (mode, shown)
+    for profile in (ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), b"damaged", b""):
+        assert (square(Image.new("RGB", (40, 40), (200, 60, 60)), icc_profile=profile) == (200, 60, 60)).all()
+    text = PngImagePlugin.PngInfo()
+    text.add_text("workflow", "x" * 3_000_000, zip=True)
+    large = P3 + bytes(2_000_000)
+    assert (square(noise(1), pnginfo=text) == square(noise(1))).all()  # as generators of pictures write
+    assert (square(noise(1), icc_profile=large) != 0).any()
     turned = Image.Exif()
     turned[0x0112] = 6  # the camera was held upright
     assert squares(encoded(noise(8, (64, 32)), "JPEG", exif=turned), (32,))[:2] == (32, 64)
@@ -221,6 +239,80 @@ def test_archives_of_every_kind(tmp_path, name):
     assert bad.keys() == {f"{name}/{entry}".rstrip("/") for entry in reasons}
     for entry, words in reasons.items():
         assert any(words in reason for reason in bad[f"{name}/{entry}".rstrip("/")]), bad
+
+
+JSON = b'{"prompt": ["a %s", "other"], "width": 8}'
+# what lies in a folder or archive: {file: content}, and the captions of the pictures that are found
+LAYOUTS = {
+    "plain": ({"a.png": PNG, "a.txt": b"one", "b.png": PNG, "b.caption": b"two", "c.png": PNG, "c.json": JSON % b"fox"},
+              {"a.png": "one", "b.png": "two", "c.png": "a fox"}),
+    "of a Mac": ({"._a.png": b"x", "a.png": PNG, "._a.txt": b"x", "a.txt": b"one", "__MACOSX/._a.png": b"x",
+                  "__MACOSX/b.png": PNG, ".DS_Store": b"x"}, {"a.png": "one"}),
+    "thumbnails": ({"x/a.png": PNG, "x/a.txt": b"one", "x/.ipynb_checkpoints/a.png": PNG, "@eaDir/a.png/T.jpg": JPEG,
+                    ".thumbnails/a.png": PNG, ".thumbnails/a.txt": b"x"}, {"x/a.png": "one"}),
+    "compound": ({"1.img.png": PNG, "1.txt": b"one", "2.png": PNG, "2.caption.txt": b"two", "3.png": PNG,
+                  "3.txt": b"three", "3.text.txt": b"longer", "3.5.png": PNG, "3.5.txt": b"x",
+                  "5.img.png": PNG, "5.prompt.txt": b"a five",
+                  "4.png": PNG, "4.png.txt": b"four", "4.jpg": JPEG, "4.jpg.txt": b"five"},
+                 {"1.img.png": "one", "2.png": "two", "3.png": "three", "3.5.png": "x", "4.png": "four",
+                  "4.jpg": "five", "5.img.png": "a five"}),
+    "not theirs": ({"4.png": PNG, "4.a.txt": b"which", "4.b.txt": b"of both", "5.5.png": PNG, "5.6.txt": b"x",
+                    "6.png": PNG, "y/6.txt": b"x"}, {}),
+    "another's": ({"1.png": PNG, "1.5.png": PNG, "1.5.txt": b"one and a half"}, {"1.5.png": "one and a half"}),
+    "accents": ({"ka\u0308se.png": PNG, "k\u00e4se.txt": b"cheese"}, {"ka\u0308se.png": "cheese"}),
+    "formats": ({"a.heic": b"x", "b.JXL": b"x", "c.png": PNG, "c.txt": b"c", "c.heic": b"x"}, {"c.png": "c"})}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("kind", ["folder", "a.tar", "a.tgz", "gz.tar", "a.zip"])
+def test_captions_find_their_pictures_in_any_order(tmp_path, name, kind, monkeypatch):
+    content, captions = LAYOUTS[name]
+    for seed in range(1 if kind == "folder" else 5):
+        files = [*content.items()]
+        np.random.default_rng(seed).shuffle(files)
+        if kind == "folder":
+            write(tmp_path / kind, content)
+        else:
+            mode = "w:gz" if "gz" in kind else "w"
+            write(tmp_path, {kind: zip_bytes(files) if kind == "a.zip" else tar_bytes(files, mode)})
+        good, bad = read(tmp_path / kind)
+        start = "" if kind == "folder" else f"{kind}/"
+        assert good == {f"{start}{file}": caption for file, caption in captions.items()}
+        unread = {f"{start}{file}" for file in content if file.lower().endswith((".heic", ".jxl"))}
+        assert {name for name, reasons in bad.items() if "is not read, convert it" in reasons[0]} == unread
+        assert {name for name, reasons in bad.items() if "no caption" == reasons[0]} == {
+            f"{start}{file}" for file in content if name == "not theirs" and file.endswith("png")
+            or (name, file) == ("another's", "1.png")}
+
+
+@pytest.mark.parametrize("mode, bound, kept", [("w", (10, 99), 20), ("w:gz", (10, 99), 0), ("w", (2 ** 28, 5), 5),
+                                               ("w:gz", (2 ** 28, 5), 5)])
+def test_pictures_wait_for_their_captions_within_bounds(tmp_path, monkeypatch, mode, bound, kept):
+    """In memory where an archive is compressed; and so many"""
+    monkeypatch.setattr(sources, "WAITING", bound)
+    files = [(f"{i}.{ending}", content) for ending, content in (("png", PNG), ("txt", b"caption")) for i in range(20)]
+    write(tmp_path, {"a.tar": tar_bytes(files, mode)})
+    good, bad = read(tmp_path / "a.tar")
+    assert len(good) == kept and len(good) + len(bad) == 20 and {*good.values()} <= {"caption"}
+
+
+@pytest.mark.parametrize("kind", ["folder", "a.tar"])
+def test_many_names_with_the_same_beginning(tmp_path, kind):
+    """No picture's caption is looked for among all the others'"""
+    files = [(f"img.{i:05d}.{ending}", data) for i in range(3000) for ending, data in (("png", b"x"), ("txt", b"c"))]
+    write(tmp_path, {f"folder/{name}": data for name, data in files} if kind == "folder" else {kind: tar_bytes(files)})
+    began = time.process_time()
+    captions = [caption for part in find_parts(str(tmp_path / kind), 99) for _, _, caption in part.entries()]
+    assert captions == 3000 * ["c"]
+    assert time.process_time() - began < 20  # 60 s and more, when it was
+
+
+def test_braces_are_patterns(tmp_path):
+    write(tmp_path, {f"x/{i:05d}.tar": tar_bytes(pair(f"{i}")) for i in range(8, 12)})
+    assert {*read(f"{tmp_path}/x/{{00009..00011}}.tar")[0].values()} == {"9", "10", "11"}
+    assert {*read(f"{tmp_path}/{{x,x}}/0000*.tar")[0].values()} == {"8", "9"}
+    with pytest.raises(ValueError, match="there is no .*x/00012.tar"):
+        find_parts(f"{tmp_path}/x/{{00010..00012}}.tar", 7)
 
 
 def test_several_archives_and_a_limit(tmp_path):
