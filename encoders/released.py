@@ -4,6 +4,8 @@ checkpoints of its code (Composer) load too, where safe unpickling accepts the r
 """
 import math
 import pickle
+import re
+import sys
 import zipfile
 from dataclasses import asdict, replace
 
@@ -14,6 +16,7 @@ from common.tensors import check_tensors, not_finite, strip
 from model import MicroDiT, MicroDiTConfig, position_table
 
 CLIP = "apple/DFN5B-CLIP-ViT-H-14-378"
+KEYS = "(?i)(^|_)ema(_|$)|^(state|model|state_dict|module)$"  # under which weights lie
 VAES = {4: "stabilityai/stable-diffusion-xl-base-1.0/vae", 16: "ostris/vae-kl-f8-d16"}  # by latent channels
 
 
@@ -25,20 +28,29 @@ def load_released(path):
         net = from_official(state, config)
         if bad := not_finite(state):
             raise ValueError(f"tensor {bad} is not finite")
+    vae = VAES.get(config.latent_channels, "")
+    print(f"{path}: as no tensor tells it, head_dim is taken to be {config.head_dim}, expert_capacity "
+          f"{config.expert_capacity:g}, the text encoder {CLIP}, the autoencoder {vae or 'not known'}", file=sys.stderr)
     # they were trained without the shift that the autoencoder's config names
-    data = {"vae": {"name": VAES.get(config.latent_channels, ""), "shift": False}, "text_encoder": {"name": CLIP}}
+    data = {"vae": {"name": vae, "shift": False}, "text_encoder": {"name": CLIP}}
     return net, {"config": asdict(config), "settings": {}, "step": 0, "data": data, "released": True}
 
 
 def read_pt(path):
-    """Return a network's tensors, whether they lie bare, under state_dict, or in a Composer checkpoint."""
+    """Return a network's tensors, averaged ones if there are, bare, under state_dict, or in a Composer checkpoint."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
         raise ValueError("it holds code, which is not run: docs/settings.md says how to take the tensors out") from None
-    for key in ("state", "model", "state_dict"):
-        content = content[key] if isinstance(content.get(key), dict) else content
-    tensors = {str(name).removeprefix("module."): t for name, t in content.items() if torch.is_tensor(t)}
+    while keys := [key for key, value in content.items() if isinstance(value, dict) and re.search(KEYS, str(key))
+                   and any(isinstance(v, (dict, torch.Tensor)) for v in value.values())]:
+        key = min(keys, key=lambda key: "ema" not in key.lower())
+        if "ema" in key.lower():
+            print(f"{path}: of its weights the averaged ones are taken, under '{key}'", file=sys.stderr)
+        content = content[key]
+    # what DistributedDataParallel, torch.compile and FSDP put in front of names, or into them
+    tensors = {re.sub(r"\b(module|_orig_mod|_fsdp_wrapped_module)\.", "", str(name)): t
+               for name, t in content.items() if torch.is_tensor(t)}
     tensors = strip(tensors, "dit.") or tensors
     for name, t in tensors.items():  # a file may repeat a number without end
         if t.numel() * t.element_size() > t.untyped_storage().nbytes():
@@ -54,8 +66,8 @@ def infer_config(state):
     sparse = [n for n in state if n.startswith("blocks.") and n.endswith(".mlp.gate.weight")]
     config = MicroDiTConfig(
         latent_size=math.isqrt(state["pos_embed"].shape[1]) * patch, latent_channels=channels, patch_size=patch,
-        dim=dim, depth=depth, caption_dim=state["y_embedder.y_proj.fc1.weight"].shape[1],
-        mixer_depth=mixer_depth, mixer_dim=state["patch_mixer.0.norm1.weight"].shape[0] if mixer_depth else 768,
+        dim=dim, depth=depth, caption_dim=state["y_embedder.y_proj.fc1.weight"].shape[1], mixer_depth=mixer_depth,
+        mixer_dim=state["patch_mixer.0.norm1.weight"].shape[0] if mixer_depth else 768,
         num_experts=state[sparse[0]].shape[0] if sparse else 0,
         moe_every=1 + min((int(n.split(".")[1]) for n in sparse), default=1))
     for config.pos_scale in (1.0, 2.0):

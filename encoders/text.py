@@ -3,14 +3,15 @@ import functools
 import hashlib
 import html
 import re
+import sys
 import unicodedata
-from pathlib import Path
 
 import torch
 
 from common.files import reading
 from common.machine import compute_dtype
-from encoders.hub import BY_HAND, reach_hub
+from common.tensors import tensors_hash
+from encoders.hub import BY_HAND, fetch, load_pretrained, load_tokenizer, local, reach_hub
 
 QUICK_GELU = ("dfn5b", "dfn2b", "openai/clip")  # models that were trained with x * sigmoid(1.702 x)
 # what ftfy repairs for open_clip: quotes, ligatures, full-width forms and control characters
@@ -34,17 +35,18 @@ class TextEncoder:
 
     def __init__(self, name, device, dtype):
         from transformers import AutoConfig, AutoTokenizer, CLIPTextModel, CLIPTokenizer, T5EncoderModel
-        from transformers.utils import logging
-        logging.set_verbosity_error()  # or it would report the vision tower of a whole CLIP
-        kind = AutoConfig.from_pretrained(name).model_type
+        place, tokens = find_text_encoder(name)
+        kind = AutoConfig.from_pretrained(place).model_type
         if kind not in ("clip", "clip_text_model", "t5"):
             raise ValueError(f"it is of the kind {kind}: CLIP and T5 are understood")
         self.name, self.is_clip = name, kind != "t5"
         tokenizer, model = (CLIPTokenizer, CLIPTextModel) if self.is_clip else (AutoTokenizer, T5EncoderModel)
-        self.tokenizer = tokenizer.from_pretrained(name)
-        self.model = model.from_pretrained(name, dtype=dtype).to(device).eval().requires_grad_(False)
-        config = self.model.config
+        self.tokenizer = load_tokenizer(tokenizer, tokens)
+        self.model = load_pretrained(model, place, r"(vision_model|visual_projection|text_projection|logit_scale).*")
+        config, sha256 = self.model.config, tensors_hash(self.model)  # of the weights as they are in the file
+        self.model = self.model.to(device, dtype)
         self.length, self.dim = config.max_position_embeddings if self.is_clip else 120, config.hidden_size
+        self.about = {"length": self.length, "dim": self.dim, "sha256": sha256}
         if any(part in name.lower() for part in QUICK_GELU) and config.hidden_act != "quick_gelu":
             raise ValueError(f"its config says hidden_act {config.hidden_act}, but it was trained with quick_gelu")
 
@@ -56,6 +58,11 @@ class TextEncoder:
             return {"input_ids": batch["input_ids"] * batch["attention_mask"]}
         return batch
 
+    def longer(self, captions):
+        """Return how many of the captions are longer than it reads."""
+        ids = self.tokenizer([clean(c) if self.is_clip else c for c in captions or [""]])["input_ids"]
+        return sum(len(tokens) > self.length for tokens in ids)
+
     @torch.no_grad()
     def __call__(self, captions):
         return self.model(**self.tokens(captions)).last_hidden_state.float()
@@ -64,9 +71,13 @@ class TextEncoder:
 class Words:
     """Stand-in without weights: for each word a vector plus its position's, as the network adds none: (B, 16, 128)."""
     length, dim = 16, 128
+    about = {"length": length, "dim": dim}
 
     def __init__(self, device="cpu"):
         self.device = device
+
+    def longer(self, captions):
+        return sum(len(words_of(caption)) > self.length for caption in captions)
 
     def __call__(self, captions):
         out = torch.zeros(len(captions), self.length, self.dim)
@@ -88,11 +99,31 @@ def words_of(caption):
     return re.findall(r"[^\W_]+", caption.lower())
 
 
+def find_text_encoder(name):
+    """Return where a text encoder and its tokenizer are, as folders or hub ids, those of a pipeline too."""
+    place, inside = local(name) and local(name).absolute(), "/".join(name.split("/")[2:])
+    if not place:
+        reach_hub()
+        if not inside:
+            return name, name
+        parts, endings = (inside, inside.replace("text_encoder", "tokenizer")), ("json", "txt", "model", "safetensors")
+        place = fetch(name, [f"{part}/*.{ending}" for part in parts for ending in endings]) / inside
+    place = place / "text_encoder" if (place / "text_encoder").exists() else place
+    tokens = place.with_name(place.name.replace("text_encoder", "tokenizer"))
+    if not (place / "config.json").exists() and (place.is_file() or [*place.glob("open_clip*")]):
+        raise ValueError("it is a file, or in open_clip's format: give a folder of transformers, with the tokenizer")
+    return str(place), str(tokens if tokens.is_dir() else place)
+
+
+def warn_of_cut(count, encoder):
+    if count:
+        print(f"warning: {count:,} of the captions are longer than the {encoder.length} tokens that the text encoder "
+              "reads: their ends are cut off", file=sys.stderr)
+
+
 def load_text_encoder(name, device="cpu", dtype=None):
     """Load "words", or CLIP or T5 of a folder or hub id; dtype None is bfloat16 on a GPU and float32 elsewhere."""
     if name == "words":
         return Words(device)
-    if not Path(name).is_dir():
-        reach_hub()
     with reading(f"text encoder {name}", BY_HAND):
         return TextEncoder(str(name), device, dtype or compute_dtype("auto", torch.device(device)))

@@ -101,8 +101,7 @@ def config_for(downsample, latent_channels, width):
     widths, blocks = [width * (i + 1) // levels for i in range(levels)], [0] + [1] * (levels - 1)
     if width < 1 or width % (GROUP * levels):
         raise ValueError(f"width is {width}: it must be a multiple of {GROUP * levels}, {GROUP} for each halving")
-    return {
+    return {  # scaled to sigma_data, as latents have variance 1; no blocks where pictures are largest
         "_class_name": "AutoencoderTiny", "norm": True, "patch_size": 2, "latent_channels": latent_channels,
-        "scaling_factor": 0.9, "shift_factor": 0.0,  # sigma_data, as latents have variance 1
-        "encoder_block_out_channels": widths, "decoder_block_out_channels": widths[::-1],
-        "num_encoder_blocks": blocks, "num_decoder_blocks": blocks[::-1]}  # no blocks where pictures are largest
+        "scaling_factor": 0.9, "shift_factor": 0.0, "num_encoder_blocks": blocks, "num_decoder_blocks": blocks[::-1],
+        "encoder_block_out_channels": widths, "decoder_block_out_channels": widths[::-1]}

@@ -1,5 +1,4 @@
 """The autoencoder of latent diffusion (Rombach et al. 2022), a stand-in for it, and how autoencoders are loaded."""
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -8,10 +7,10 @@ import torch.nn.functional as F
 from common.files import read_json, reading
 from common.machine import compute_dtype
 from common.tensors import check_tensors, read_tensors, tensors_hash
-from encoders.hub import fetch
+from encoders.hub import fetch, local
 from encoders.tiny import Autoencoder, TinyAutoencoder, chain, conv
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+WEIGHTS = "diffusion_pytorch_model"
 # the attention layers' names in files of early diffusers, where they are 1x1 convolutions
 RENAMED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
@@ -121,15 +120,32 @@ def load_vae(name, device="cpu", dtype=None):
     """Load "pixels", a hub id (ORG/NAME or ORG/NAME/SUBFOLDER), a folder or a .safetensors file."""
     if name == "pixels":
         return Pixels()
-    path, inside = Path(name), "/".join(str(name).split("/")[2:])
-    if not path.exists():
-        path = fetch(name, [f"{inside}/{file}".lstrip("/") for file in ("config.json", WEIGHTS)]) / inside
-    file = path / WEIGHTS if path.is_dir() else path
-    (run, tensors), beside = read_tensors(file, ("",)), file.with_name("config.json")
-    if "config" not in run and not beside.is_file():
-        raise ValueError(f"{name} has no config.json: give a folder of diffusers, a hub id or train_vae.py's file")
+    path, inside = local(name), "/".join(str(name).split("/")[2:])
+    for ending in () if path else (".safetensors", "*.safetensors*"):  # the plain file alone, if there is one
+        files = [f"{inside}/{file}".lstrip("/") for file in ("config.json", WEIGHTS + ending)]
+        path = path if path and [*path.glob(f"{WEIGHTS}*")] else fetch(name, files) / inside
+    path = path / "vae" if (path / "vae" / "config.json").exists() else path  # of a pipeline
+    run, tensors = read_weights(path)
+    beside = (path if path.is_dir() else path.parent) / "config.json"
+    ldm = any(key.startswith(("first_stage_model.", "encoder.down.")) for key in tensors)
+    if "config" not in run and (ldm or not beside.is_file()):
+        raise ValueError(f"{name} has {'names of the first latent diffusion code' if ldm else 'no config.json'}: give "
+                         "a folder of diffusers, a hub id as stabilityai/sdxl-vae, or train_vae.py's file")
     vae = build(run["config"] if "config" in run else read_json(beside), tensors, name)
     return vae.to(device, dtype or compute_dtype("auto", torch.device(device)))
+
+
+def read_weights(path):
+    """Return (description, tensors) of a file, or of diffusers' folder: of one file, a variant as fp16, or shards."""
+    files, folder = [path], path if path.is_dir() else path.parent
+    if path.is_dir():
+        there = sorted(path.glob(f"{WEIGHTS}*.safetensors"), key=lambda file: len(file.name))  # the plain one first
+        files = [file for file in there if file.name.split("-0")[0] == there[0].name.split("-0")[0]]
+    pickles = [file for file in (*folder.glob("*.bin"), path) if file.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+    if pickles and not all(file.suffix == ".safetensors" and file.exists() for file in files or [path / "none"]):
+        raise ValueError(f"{pickles[-1]} is a pickle, which may run code: give the same weights as .safetensors")
+    parts = [read_tensors(file, ("",)) for file in files or [path / f"{WEIGHTS}.safetensors"]]
+    return parts[0][0], {name: t for _, tensors in parts for name, t in tensors.items()}
 
 
 def build(config, tensors, name):

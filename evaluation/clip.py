@@ -3,33 +3,24 @@ import torch
 
 from common.files import reading
 from common.tensors import tensors_hash
-
-
-def load_model(name, architecture):
-    """Return a float32 model of transformers by hub id or folder. Refuse one that lacks weights."""
-    from transformers.utils import logging
-    logging.set_verbosity_error()  # a checkpoint's stale buffers are no news
-    logging.disable_progress_bar()
-    with reading(name, ": give the hub id or the folder of another model"):
-        model, report = architecture.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-        # Missing weights would silently be random. Those of a training loss (criterion) are of no use here.
-        if missing := sorted(key for key in report["missing_keys"] if not key.startswith("criterion.")):
-            raise ValueError(f"it lacks {len(missing)} weights of {architecture.__name__}: {', '.join(missing[:3])}")
-    return model.eval().requires_grad_(False)
+from encoders.hub import load_pretrained, load_tokenizer
+from encoders.text import TextEncoder
 
 
 class Clip:
     """Both towers in float32, and what prepares pictures as the model's files say"""
+    longer, is_clip = TextEncoder.longer, True
 
     def __init__(self, name, device="cpu"):
         from transformers import CLIPModel, CLIPTokenizer
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-        self.name, self.model = name, load_model(name, CLIPModel).to(device)
-        with reading(name, ": a CLIP model needs its own image processor and tokenizer"):
+        with reading(name, ": give the hub id or folder of a CLIP model, with its image processor and tokenizer"):
+            self.name, self.model = name, load_pretrained(CLIPModel, name, dtype=torch.float32).to(device)
             self.processor = CLIPImageProcessorPil.from_pretrained(name)
-            self.tokenizer = CLIPTokenizer.from_pretrained(name)
+            self.tokenizer = load_tokenizer(CLIPTokenizer, name)
         self.side, self.width = self.model.config.vision_config.image_size, self.model.config.projection_dim
         self.about = {"network_sha256": tensors_hash(self.model)}
+        self.length = self.model.config.text_config.max_position_embeddings
 
     def prepare(self, picture):
         """Return a PIL picture as the image tower wants it, (3, side, side)."""
@@ -43,7 +34,6 @@ class Clip:
     @torch.no_grad()
     def text(self, texts):
         """Return the features (B, D), not normalised, of texts, which are cut after 77 tokens."""
-        length = self.model.config.text_config.max_position_embeddings
-        batch = self.tokenizer(list(texts), padding="max_length", max_length=length, truncation=True,
+        batch = self.tokenizer(list(texts), padding="max_length", max_length=self.length, truncation=True,
                                return_tensors="pt").to(self.model.device)
         return self.model.get_text_features(**batch).pooler_output

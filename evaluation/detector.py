@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from evaluation.clip import load_model
+from common.files import reading
+from encoders.hub import load_pretrained
 from evaluation.geneval import CLASSES, COLORS
 
 TEMPLATES = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
@@ -15,7 +16,8 @@ TEMPLATES = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {
 def load_detector(name, device):
     """Return Mask2Former with COCO's 80 classes, by hub id or folder."""
     from transformers import Mask2FormerForUniversalSegmentation
-    model = load_model(name, Mask2FormerForUniversalSegmentation)
+    with reading(name, ": give the hub id or folder of a Mask2Former"):
+        model = load_pretrained(Mask2FormerForUniversalSegmentation, name, r"criterion\..*", dtype=torch.float32)
     labels = model.config.id2label
     if len(labels) != 80 or labels[0] != "person" or labels[79] != "toothbrush":
         raise ValueError(f"detector {name}: it must have COCO's 80 classes, from person to toothbrush")

@@ -60,7 +60,11 @@ def load(path, device=None, *, vae="", text_encoder="", dtype="auto", offload="a
         vae = load_vae(vae, home, dtype)
     if data["vae"].get("shift") is False:
         vae.shift = 0.0
-    text_encoder = load_text_encoder(text_encoder or data["text_encoder"]["name"], home, dtype)
+    of_run, name = data["text_encoder"], text_encoder or data["text_encoder"]["name"]
+    text_encoder = load_text_encoder(name, home, dtype)
+    if name == of_run["name"] and (text_encoder.about | of_run).get("sha256") != text_encoder.about.get("sha256"):
+        raise ValueError(f"text encoder {name} is not the one that {path} was trained with: restore it, or give its "
+                         "place with --text_encoder")
     for end, have, want in (("vae", vae.latent_channels, net.config.latent_channels),
                             ("text_encoder", text_encoder.dim, net.config.caption_dim)):
         if have != want:
@@ -89,7 +93,8 @@ def warn_of_unknown_words(pipeline, texts):
     """Name words that training never showed, each once."""
     new = sorted({*words_of(" ".join(texts))} - {*pipeline.words})
     if pipeline.words and new:
-        print(f"warning: {pipeline.name} was never shown the words {', '.join(new)}. It was shown "
+        rest = f" and {len(new) - 10} more" if len(new) > 10 else ""
+        print(f"warning: {pipeline.name} was never shown the words {', '.join(new[:10])}{rest}. It was shown "
               + ", ".join(pipeline.words[:100]), file=sys.stderr)
         pipeline.words = [*pipeline.words, *new]
 

@@ -284,6 +284,6 @@ def test_models_that_will_not_do(tmp_path, models):
     model.save_pretrained(tmp_path / "cut", state_dict=weights)
     model.config.id2label = model.config.id2label | {79: "wall"}
     model.save_pretrained(tmp_path / "wall")
-    for name, message in (("no", "no cannot be used"), ("wall", "COCO's 80 classes"), ("cut", "lacks 1 weights")):
+    for name, message in (("no", "no cannot be used"), ("wall", "COCO's 80 classes"), ("cut", "1 missing weights")):
         with pytest.raises(ValueError, match=message):
             detector.load_detector(str(tmp_path / name), "cpu")

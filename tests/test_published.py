@@ -1,4 +1,5 @@
 """Published models, small and random but in their real formats: released checkpoints, and the way through them."""
+import json
 from functools import partial
 from unittest.mock import MagicMock
 
@@ -9,6 +10,7 @@ from PIL import Image
 from test_text import write_clip
 from test_vae import SMALL, published
 
+import encoders
 import model
 import sample
 from encoders import hub, released
@@ -38,19 +40,30 @@ def load(models):
                    device="cpu")
 
 
-def test_the_weights_come_through(models, tmp_path):
+def test_the_weights_come_through(models, tmp_path, capsys):
     state = torch.load(models / "dit.pt", weights_only=True)
     inner = {f"dit.{n}": t for n, t in state.items()} | {"vae.encoder.conv_in.bias": torch.zeros(2)}
     composer = {"state": {"model": inner, "rank_zero_seed": 17}, "rng": [1, 2]}
     half = {n: t.bfloat16() for n, t in state.items()}
+    raw = {n: t + 1 for n, t in state.items()}
+    wrapped = [{f"{prefix}{n}": t for n, t in state.items()} for prefix in (
+        "module.", "_orig_mod.module.", "module._orig_mod.dit.", "dit.module.", "_orig_mod.dit._orig_mod.")]
+    blocks = {n.replace("blocks.1.", "blocks.1._orig_mod."): t for n, t in state.items()}  # each compiled by itself
+    averaged = [{"model": raw, "ema": state}, {"state": {"model": raw, "ema": inner}}, {"ema": {"state_dict": state}},
+                {"model": raw, "EMA": {"module": state}}]
+    averaged_are_none = [{"model": state, "ema": {}}, {"model": state, "ema": {"decay": 0.9, "shadow_params": [1]}}]
     for content, old, atol in ((state, False, 0), (state, True, 0), ({"state_dict": state}, False, 0),
-                               (composer, False, 0), (half, False, 0.01)):
+                               (composer, False, 0), (half, False, 0.01), (blocks, False, 0),
+                               *((content, False, 0) for content in wrapped + averaged + averaged_are_none)):
         torch.save(content, tmp_path / "x.pt", _use_new_zipfile_serialization=not old)
         net, run = checkpoint.load_network(tmp_path / "x.pt")
         assert net.config == model.MicroDiTConfig(**NETWORK)
         for name, tensor in released.to_official(net).items():
             torch.testing.assert_close(tensor, state[name], rtol=0, atol=atol)
         assert run["data"]["vae"]["name"] == "stabilityai/stable-diffusion-xl-base-1.0/vae"
+        said = capsys.readouterr().err
+        assert "head_dim is taken to be 64, expert_capacity 2, the text encoder apple/DFN5B" in said
+        assert ("the averaged ones are taken, under 'ema'" in said.lower()) == any(content is a for a in averaged)
 
 
 def test_files_that_are_not_released_checkpoints(models, tmp_path):
@@ -93,6 +106,8 @@ def test_prepare_train_from_a_released_network_and_sample(script, models, load, 
            models / "clip", "--resolutions=32", "--workers=0")
     assert np.load(data / "00000.latents32.npy").shape == (12, 4, 8, 8)
     assert np.load(data / "00000.captions.npy").shape == (12, 77, 32)
+    described = json.loads((data / "dataset.json").read_text())["text_encoder"]
+    assert described["sha256"] == encoders.load_text_encoder(str(models / "clip")).about["sha256"]
     sizes = [f"--{k}={v}" for k, v in NETWORK.items() if k not in ("latent_channels", "caption_dim")]
     script("train.py", "--data", data, "--init_from", models / "dit.pt", "--out", tmp_path / "run", "--max_steps=2",
            "--batch_size=4", "--micro_batch_size=4", "--unmasked_steps=1", "--sample_every=0", "--mask_ratio=0.5",
@@ -101,6 +116,13 @@ def test_prepare_train_from_a_released_network_and_sample(script, models, load, 
     for (name, a), b in zip(trained.net.named_parameters(), start.net.parameters()):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0, msg=name)
     assert trained.vae.shift == 0.1 and start.vae.shift == 0  # which the paper's networks were trained without
+    write_clip(tmp_path / "clip", num_hidden_layers=1)  # another one under the same name
+    path = checkpoint.find(tmp_path / "run")
+    described, tensors = checkpoint.read_checkpoint(path, ("",))
+    described["data"]["text_encoder"]["name"] = str(tmp_path / "clip")
+    checkpoint.save(path, tensors, described)
+    with pytest.raises(ValueError, match="is not the one that .* was trained with: restore it"):
+        sample.load(tmp_path / "run", "cpu")
     assert start.guidance_scale == 5 and sample.generate(trained, "a cat", 2)[0].size == (32, 32)
 
 

@@ -3,16 +3,19 @@ text.py: token ids against open_clip's (data/clip_tokens.json, which tests/make_
 embeddings against transformers' models.
 """
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import encoders
+from evaluation.clip import Clip
 
 DATA = json.loads((Path(__file__).parent / "data/clip_tokens.json").read_text())
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -91,6 +94,66 @@ def test_t5_masks_the_padding_and_keeps_120_tokens(tmp_path):
         expected = model(torch.tensor([[3, 4, 5, 3, 6, 1]])).last_hidden_state
     torch.testing.assert_close(out[:1, :6], expected, atol=1e-5, rtol=1e-4)
     assert encode.tokens(["A dog"])["input_ids"][0, :3].tolist() == [2, 7, 1]  # T5 is given captions as they are
+
+
+WEIGHTS = "model.safetensors"
+TOKENS = ["tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"]
+NOT_WHOLE = {  # (files that are gone, tensors that are others, the message)
+    "no tokenizer": (TOKENS[:3], {}, "has no tokenizer: its files .* are missing"),
+    "no tokenizer at all": (TOKENS, {}, "has no tokenizer"),
+    "no merges": (["tokenizer.json", "merges.txt"], {}, "cannot be used"),
+    "a layer short": ([], {"encoder.layers.1.mlp.fc1.bias": None}, "1 missing weights of .*fc1.bias"),
+    "a layer more": ([], {"encoder.layers.2.mlp.fc1.bias": torch.zeros(64)}, "1 unexpected weights"),
+    "another width": ([], {"encoder.layers.1.mlp.fc1.bias": torch.zeros(8)}, "1 mismatched weights of .*fc1.bias")}
+
+
+@pytest.mark.parametrize("name", NOT_WHOLE)
+@pytest.mark.parametrize("kind", ["text encoder", "CLIP of a score"])
+def test_what_is_not_whole_is_refused(clip, tmp_path, name, kind):
+    gone, changes, message = NOT_WHOLE[name]
+    folder = tmp_path / "cut"
+    if kind == "text encoder":
+        shutil.copytree(clip, folder)
+    else:
+        write_clip_model(folder)
+    for file in gone:
+        (folder / file).unlink()
+    tensors, prefix = load_file(folder / "model.safetensors"), "" if kind == "text encoder" else "text_model."
+    tensors |= {prefix + key: t for key, t in changes.items()}
+    save_file({key: t for key, t in tensors.items() if t is not None}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        encoders.load_text_encoder(str(folder)) if kind == "text encoder" else Clip(str(folder))
+
+
+def test_the_encoder_of_a_pipeline(clip, tmp_path, monkeypatch):
+    """text_encoder/ beside tokenizer/, on the disk and on the hub, and relative to the scripts"""
+    captions, expected = DATA["captions"][:3], encoders.load_text_encoder(str(clip))
+    for tail, root in (("", "pipe"), ("_2", "other"), ("", "hub/models--org--name/snapshots/0")):
+        shutil.copytree(clip, tmp_path / root / f"text_encoder{tail}", ignore=lambda *_: TOKENS)
+        shutil.copytree(clip, tmp_path / root / f"tokenizer{tail}", ignore=lambda *_: ["config.json", WEIGHTS])
+    (tmp_path / "hub/models--org--name/refs").mkdir()
+    (tmp_path / "hub/models--org--name/refs/main").write_text("0")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("encoders.hub.ROOT", tmp_path)
+    for name in (tmp_path / "pipe", tmp_path / "pipe/text_encoder", tmp_path / "other/text_encoder_2", "pipe",
+                 "org/name/text_encoder"):
+        loaded = encoders.load_text_encoder(str(name))
+        assert torch.equal(loaded(captions), expected(captions)) and loaded.about == expected.about, name
+    (tmp_path / "oc").mkdir()
+    (tmp_path / "oc/open_clip_config.json").write_text("{}")
+    for name in (tmp_path / "oc", clip / "model.safetensors"):
+        with pytest.raises(ValueError, match="in open_clip's format: give a folder of transformers"):
+            encoders.load_text_encoder(str(name))
+
+
+def test_captions_that_are_cut_are_counted(clip, capsys):
+    captions = ["a dog " * 37 + "a", "a dog " * 37 + "a b", "a cat"]  # 75 tokens and two at the ends
+    encoder, words = encoders.load_text_encoder(str(clip)), encoders.load_text_encoder("words")
+    assert encoder.longer(captions) == 1 and words.longer(captions) == 2 and encoder.longer([]) == 0
+    encoders.warn_of_cut(0, encoder)
+    assert not capsys.readouterr().err
+    encoders.warn_of_cut(1200, encoder)
+    assert "1,200 of the captions are longer than the 77 tokens" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name, config, message", [

@@ -97,6 +97,32 @@ def test_draws_have_the_posteriors_spread_and_a_picture_does_not_depend_on_its_b
         ours.encode(torch.zeros(1, 3, 16, 17))
 
 
+def in_shards(folder, out):
+    """Write an autoencoder as diffusers writes large ones, and return the shards."""
+    tensors = load_file(folder / WEIGHTS)
+    names = [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    out.mkdir()
+    (out / "config.json").write_bytes((folder / "config.json").read_bytes())
+    weight_map = {key: names[i % 2] for i, key in enumerate(sorted(tensors))}
+    for name in names:
+        save_file({key: t for key, t in tensors.items() if weight_map[key] == name}, out / name)
+    (out / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return [out / name for name in names]
+
+
+def test_shards_and_variants_load(small, tmp_path):
+    theirs, folder = small
+    in_shards(folder, tmp_path / "shards")
+    (tmp_path / "fp16").mkdir()
+    (tmp_path / "fp16/config.json").write_bytes((folder / "config.json").read_bytes())
+    half = tmp_path / "fp16/diffusion_pytorch_model.fp16.safetensors"
+    save_file({key: t.half() for key, t in load_file(folder / WEIGHTS).items()}, half)
+    assert_equal_networks(encoders.load_vae(tmp_path / "shards"), theirs, torch.randn(1, 3, 32, 32))
+    for name in (tmp_path / "fp16", half):
+        loaded = encoders.load_vae(name).state_dict()
+        assert all((loaded[key] == t.half()).all() for key, t in theirs.state_dict().items())
+
+
 @pytest.mark.parametrize("changes, message", [
     ({"scaling_factor": "none"}, "scaling_factor' is missing"), ({"latent_channels": 8}, "do not fit its config"),
     ({"layers_per_block": 10 ** 9}, "more layers than there are"), ({"layers_per_block": "a"}, "cannot be used"),
@@ -112,12 +138,19 @@ def test_a_config_that_does_not_fit_is_refused(small, tmp_path, changes, message
 
 def test_what_cannot_be_loaded_says_why(small, tmp_path):
     whole = (small[1] / WEIGHTS).read_bytes()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/diffusion_pytorch_model.bin").write_bytes(b"x")
+    save_file({"first_stage_model.encoder.conv_in.bias": torch.zeros(1)}, tmp_path / "original.safetensors")
+    in_shards(small[1], tmp_path / "part")[1].unlink()
     for file, data in (("cut.safetensors", whole[:5000]), ("ldm.safetensors", whole), ("vae.pt", b"x")):
         (tmp_path / file).write_bytes(data)
     for name, message in (
             ("no/such-model", "neither here nor.*--vae FOLDER"), (tmp_path, "there is no such file"),
             (tmp_path / "cut.safetensors", "cut.safetensors cannot be used"),
             (tmp_path / "ldm.safetensors", "no config.json: give a folder"),
-            (tmp_path / "vae.pt", "vae.pt cannot be used")):
+            (tmp_path / "folder", "folder/diffusion_pytorch_model.bin is a pickle"),
+            (tmp_path / "original.safetensors", "names of the first latent diffusion code: give a folder of"),
+            (tmp_path / "part", "part.* do not fit its config.* has shape none"),
+            (tmp_path / "vae.pt", "vae.pt is a pickle, which may run code: give the same weights as .safetensors")):
         with pytest.raises(ValueError, match=message):
             encoders.load_vae(str(name))
