@@ -1,12 +1,11 @@
 """
 Pictures -> FID, CLIP-FID and CLIP score. A network of the built-in set is scored by a reader, without any download.
+OUT/results.json has the numbers and what they depend on: docs/evaluation.md explains them.
 
     python eval_fid.py                                               # the newest run, if it was trained on `shapes`
     python eval_fid.py --checkpoint runs/NAME --captions captions_val2014.json --reference val2014 --count 30000
     torchrun --nproc_per_node=8 eval_fid.py ... --guidance_scales 1.5 2 3 5  # a curve, and the work on eight GPUs
     python eval_fid.py --images pictures --captions prompts.txt --reference val2014.npz
-
-OUT/results.json has the numbers and what they depend on: docs/evaluation.md explains them.
 """
 from common.machine import exit_with_launcher
 from configurator import configure
@@ -43,11 +42,12 @@ from pathlib import Path
 
 import torch
 
-from common.files import write_json
+from common.files import hash_of, write_json
 from common.folders import claim, differences, lock
 from common.images import MOST, open_image, picture_grid, save_picture
 from common.machine import pick_device
 from common.processes import join, run_script
+from encoders import warn_of_cut
 from evaluation import features, frechet, prompts
 from evaluation.clip import Clip
 from evaluation.inception import load_inception
@@ -115,7 +115,8 @@ def reference_pictures(wanted):
     """Return the paths of the reference's pictures; with `matched` those of the prompts alone."""
     if not matched:
         return prompts.pictures_of(reference)
-    paths = [Path(reference, prompt.picture) for prompt in wanted]
+    above = [f for f in (Path(reference).parent, Path(reference)) if (f / wanted[0].picture).is_file()]
+    paths = [(above or [Path(reference)])[0] / prompt.picture for prompt in wanted]  # which may begin with the folder
     if missing := [str(path) for path in paths if not path.is_file()]:
         raise ValueError(f"{len(missing):,} of the pictures that {captions} names are missing: {missing[0]}, ...")
     return paths
@@ -135,6 +136,8 @@ def load_reference(networks, file, side):
     for metric, network in networks.items():
         path = file.with_suffix(DISTANCES[metric])
         mu, sigma, about = frechet.load_statistics(path)
+        if "resolution" not in about:
+            about["made"] = "by another program, which does not say how: --resize must be what that used"
         now = network.about | {"resolution": side, "features": network.width}
         if differ := differences(about | {"features": len(mu)}, now):
             raise ValueError(f"{path} was made otherwise ({'; '.join(differ)})")
@@ -146,9 +149,8 @@ def load_reference(networks, file, side):
 def judge(pictures, rows, count_and_hash, statistics):
     values = {metric: of_all.mean() if metric == "clip_score" else
               frechet.distance(*frechet.gaussian(of_all), *statistics[metric]) for metric, of_all in rows.items()}
-    return {"folder": pictures.name, "guidance_scale": pictures.scale, **count_and_hash,
-            "captions": pictures.source or "the folder's own",
-            **{metric: round(float(value), 4) for metric, value in values.items()}}
+    about = {"folder": pictures.name, "guidance_scale": pictures.scale, "captions": pictures.source or "its own"}
+    return about | count_and_hash | {metric: round(float(value), 4) for metric, value in values.items()}
 
 
 def attribute_scores(pictures, side, folder):
@@ -163,12 +165,13 @@ def attribute_scores(pictures, side, folder):
             for column, shown in zip(COLUMNS, (images, scenes, scenes[1:] + scenes[:1]))}
 
 
-def print_results(entries, folder, side):
+def print_results(entries, said, folder, side):
     for entry in entries:
         print(f"{entry['folder']}: {entry['pictures']:,} pictures at {side} px")
         for metric, how in (("fid", f"resize {resize}"), *CLIPS.items()):
+            made = said.get(metric, {}).get("made", "")
             if metric in entry:
-                print(f"  {metric:12} {entry[metric]:9.4f}   ({how})")
+                print(f"  {metric:12} {entry[metric]:9.4f}   ({how}{'; the reference was made ' * bool(made)}{made})")
         for name, (right, of) in entry.get("attributes", {}).items():
             percents = [f"{100 * entry[column][name][0] / max(of, 1):5.1f} %" for column in COLUMNS]
             print(f"  {name:12} {percents[0]}  ({right} of {of};  shapes {percents[1]}, chance {percents[2]})")
@@ -203,9 +206,12 @@ def main():
     jobs = [job for pictures in sets for job in pictures.jobs()]
     protocol = {"images": images, "reference": reference, "matched": matched, "metrics": chosen, "resolution": side,
                 "networks": {metric: {"name": n.name, **n.about} for metric, n in networks.items()},
-                "guidance_scales": [pictures.scale for pictures in sets], "prompts_sha256": generated.hash_of(jobs)}
+                "guidance_scales": [pictures.scale for pictures in sets], "prompts_sha256": hash_of(jobs)}
     if run:
         protocol |= generated.describe(pipeline, jobs, steps=steps, sampler=sampler)
+    texts = [prompt.caption for pictures in sets for _, prompt in pictures.items]
+    for encoder in (run and pipeline.text_encoder, networks.get("clip_score")) if processes.rank == 0 else ():
+        warn_of_cut(encoder.longer(texts) if encoder else 0, encoder)
     if side > own_side:
         raise ValueError(f"resolution is {side}, and the pictures have {own_side} px")
     comparing = {metric: networks[metric] for metric in distances}
@@ -229,7 +235,7 @@ def main():
         protocol |= {"reference": said, "checkpoint": pipeline.name if run else None,
                      "software": {name: version(name) for name in ("torch", "pillow", "transformers")}}
         write_json(folder / "results.json", {"results": entries, "protocol": protocol})
-        print_results(entries, folder, side)
+        print_results(entries, said, folder, side)
     processes.leave()
 
 

@@ -11,7 +11,8 @@ from configurator import configure
 
 # What stands in parentheses is checked.
 prompt = ()            # one or more texts
-prompts_file = ""      # .txt of more prompts, one a line; or GenEval's .jsonl, whose folders are then written
+prompts_file = ""      # more prompts: .txt, one a line; a table (.tsv, .csv, .json, .jsonl) with a column of prompts
+                       # or captions; or GenEval's .jsonl, whose folders are then written
 negative_prompt = ()   # what the pictures should not show: one text for all prompts, or one for each
 checkpoint = ""        # checkpoint file or run folder; empty: the newest run
 images_per_prompt = 0  # number of pictures of each prompt; 0: 1, or GenEval's 4 (>= 0)
@@ -20,7 +21,7 @@ steps = 30             # number of sampler steps (>= 1)
 guidance_scale = -1.0  # how strongly the prompt is followed; 1: no guidance, half the work; -1: as in the run
 sampler = "heun"       # heun evaluates the network 2 steps - 1 times, dpmpp_2m steps times (heun | dpmpp_2m)
 sigma_max = 80.0       # noise level at which sampling starts (> 0.002)
-seed = 2024            # picture i starts from noise that depends on seed + i alone (>= 0)
+seed = 2024            # picture i starts from noise that depends on seed + i alone (>= 0, < 9e18)
 batch_size = 16        # number of pictures that are drawn together (>= 1)
 vae = ""               # autoencoder; empty: the one that the checkpoint was trained with
 text_encoder = ""      # text encoder; empty: the one that the checkpoint was trained with
@@ -37,10 +38,13 @@ import json
 import math
 import re
 from pathlib import Path
+from shlex import quote
 
+from common.files import read_bytes
 from common.folders import claim, lock
 from common.images import MOST, picture_grid, save_picture
 from common.processes import join, run_script, world_size
+from encoders import warn_of_cut
 from evaluation import geneval
 from evaluation.prompts import read_prompts
 from sampling import generated
@@ -69,7 +73,7 @@ def draw_geneval():
     generated.fill(pipeline, out, jobs, batch_size, processes, **how)
     processes.leave()
     if processes.rank == 0:
-        print(f"{len(jobs):,} pictures are in {out}/. Score them with: python eval_geneval.py --images {out}")
+        print(f"{len(jobs):,} pictures are in {out}/. Score: python eval_geneval.py --images {quote(out)}")
 
 
 def draw_all(texts, negative):
@@ -78,6 +82,7 @@ def draw_all(texts, negative):
     pipeline, how = load_pipeline()
     taken = [int(m.group()) for p in Path(out).iterdir() if (m := re.match(r"[0-9]+", p.name))]
     number, images = max(taken, default=-1) + 1, []
+    warn_of_cut(pipeline.text_encoder.longer([*texts, *negative]), pipeline.text_encoder)
     print(f"drawing with {pipeline.name}, guidance {how['guidance_scale']:g}, on {pipeline.device}", flush=True)
     batches = draw(pipeline, texts, seed=seed, negative_prompts=negative, batch_size=batch_size, progress=True, **how)
     for batch in batches:
@@ -90,7 +95,7 @@ def draw_all(texts, negative):
     for n, start in enumerate(range(0, len(images), MOST), number + len(images)):
         grid = picture_grid(images[start:start + MOST], columns, texts[start:start + MOST])
         save_picture(Path(out) / f"{n:05d}_grid.png", grid)
-    print(f"{len(images)} pictures are in {out}/, together in *_grid.png")
+    print(f"{len(images)} picture{'s are' if len(images) > 1 else ' is'} in {out}/, together in *_grid.png")
 
 
 def slug(text):
@@ -99,7 +104,10 @@ def slug(text):
 
 
 def main():
-    if prompts_file.endswith(".jsonl"):
+    for name, words in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+        if len(words) > 1 and not any(" " in word for word in words):
+            raise ValueError(f'did you mean --{name} "{" ".join(words)}"? Texts of one word are for a --prompts_file')
+    if prompts_file.endswith(".jsonl") and b'"include"' in read_bytes(prompts_file).lstrip().partition(b"\n")[0]:
         return draw_geneval()
     if world_size() > 1:
         raise ValueError("torchrun is for GenEval's prompts file alone: start sample.py with python")

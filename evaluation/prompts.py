@@ -1,4 +1,4 @@
-"""The prompts of an evaluation: captions files, the built-in set, and the captions of pictures that are there."""
+"""Prompts: of files, the built-in set, and pictures that are there; for sample.py and eval_fid.py alike."""
 import contextlib
 import random
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 from common.files import read_bytes, reading
 from common.images import open_image
 from pictures import captions, shapes
-from pictures.sources import pictures_below
+from pictures.sources import UNREAD, find_parts, pictures_below
 
 SHAPES = {"shapes": False, "shapes_unseen": True}  # kinds of the built-in set: are its pairs held out of training?
 FIRST_SCENE = 10_000_000  # no training set uses the seeds from here on
@@ -28,21 +28,29 @@ def in_order(source):
 
 
 def read_prompts(source, count=0):
-    """Return the Prompts of a captions file, of each picture the first, or of `count` scenes of the built-in set."""
+    """Return the Prompts of a .txt, a table (of each picture the first), a folder or archive, or of `count` scenes."""
     if source in SHAPES:
         scenes = [shapes.scene(FIRST_SCENE + i, SHAPES[source]) for i in range(count or 256)]
         return [Prompt(caption, attributes=attributes) for _, caption, attributes in scenes]
+    if Path(source).is_dir() or source.lower().endswith(captions.ARCHIVES):
+        if Path(source).is_dir() and not any(pictures_below(source)):  # as DPG-Bench has its prompts
+            return [Prompt(captions.decoded(path.read_bytes()).strip()) for path in sorted(Path(source).rglob("*.txt"))]
+        entries = (entry for part in find_parts(source, 4096) for entry in part.entries())
+        if found := [Prompt(caption.strip(), name) for name, _, caption in entries if (caption or "").strip()]:
+            return found
     if not source.lower().endswith((".txt", *captions.TABLES)):
-        raise ValueError(f"no captions file '{source}': give a .txt, {', '.join(captions.TABLES)}, or shapes")
+        raise ValueError(f"{source} is no file of prompts: give a .txt, one a line, or {', '.join(captions.TABLES)}")
     with reading(source):
-        data, prompts = read_bytes(source), {}
-        records = (captions.records(Path(source).name, data) if not in_order(source) else
-                   [((), line.strip()) for line in data.decode("utf-8-sig").split("\n")])
-        for number, (names, caption) in enumerate(records):
+        data, prompts, columns = read_bytes(source), {}, {}
+        records = (captions.records(Path(source).name, data, columns) if not in_order(source) else
+                   [((), line.strip().lstrip("\ufeff"), None) for line in captions.decoded(data).splitlines()])
+        for number, (names, caption, _) in enumerate(records, 1):
+            if {"\ufffd", "\0"} & {*(caption or "")}:
+                raise ValueError(f"its entry {number} is neither UTF-8 nor marked as UTF-16: save it as UTF-8")
             if caption:
-                prompts.setdefault(names[0] if names else number, Prompt(caption, names[0] if names else ""))
-    if not prompts:
-        raise ValueError(f"{source} holds no captions")
+                prompts.setdefault((*names, number)[0], Prompt(caption, names[0] if names else ""))
+        if not prompts:
+            raise captions.no_captions(columns) if columns else ValueError("it is empty")
     return list(prompts.values())
 
 
@@ -66,9 +74,12 @@ def scores_folder(out, judged, ending=""):
 
 
 def pictures_of(folder):
-    """Return the paths of a folder's pictures, 2.png before 10.png."""
-    paths = sorted(pictures_below(folder), key=lambda path: [
-        int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))])
+    """Return the paths of a folder's pictures, 2.png before 10.png, without the grids that sample.py makes of them."""
+    there = sorted((path for path, _ in pictures_below(folder) if not re.fullmatch(r"\d{5,}_grid\.png", path.name)),
+                   key=lambda path: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))])
+    paths = [path for path in there if not path.name.lower().endswith(UNREAD)]
+    if unread := len(there) - len(paths):
+        print(f"{unread:,} pictures in {folder} are of formats that are not read ({', '.join(UNREAD)})")
     if not paths:
         raise ValueError(f"no folder of pictures {folder}")
     return paths
@@ -81,8 +92,7 @@ def prompts_of(folder, paths, source):
             raise ValueError(f"{source} has {len(prompts):,} prompts, and {folder} {len(paths):,} pictures")
         return prompts
     look_up = captions.read_captions(source) if source else None
-    prompts = [Prompt(look_up(path.relative_to(folder).as_posix()) if source else prompt_inside(path))
-               for path in paths]
+    prompts = [Prompt(look_up(path.absolute().as_posix()) if source else prompt_inside(path)) for path in paths]
     if without := [str(path) for path, prompt in zip(paths, prompts) if not prompt.caption]:
         raise ValueError(f"{len(without):,} of {len(paths):,} pictures have no caption: {without[0]}: give --captions")
     return prompts

@@ -55,6 +55,7 @@ def models(tmp_path_factory):
         (cached / "refs/main").write_text("0")
         (folder / name.rpartition("-")[2]).symlink_to(cached / "snapshots/0")
     draw(folder / "made", 7)
+    Image.new("RGB", (90, 90)).save(folder / "made/00007_grid.png")  # as sample.py makes one, which is not judged
     draw(folder / "real", 9, size=(60, 44), seed=1, suffix=".jpg")
     (folder / "captions.txt").write_text("\n".join(CAPTIONS) + "\n")
     return folder
@@ -76,12 +77,13 @@ def evaluate(models, tmp_path, monkeypatch):
     return run
 
 
-def test_numbers_equal_their_definitions(models, evaluate):
+def test_numbers_equal_their_definitions(models, evaluate, capsys):
     """FID and CLIP-FID from np.cov, CLIP's features and scores from transformers, on 40 px against 60 x 44"""
     results = evaluate(images=models / "made", captions=models / "captions.txt", reference=models / "real")
+    assert "1 of the captions are longer than the 77 tokens" in capsys.readouterr().err
     (result,), protocol = results["results"], results["protocol"]
     ours, real = ([Image.fromarray(decode.square(Image.open(path).convert("RGB"), 40))
-                   for path in sorted(folder.iterdir())] for folder in (models / "made", models / "real"))
+                   for path in sorted(folder.glob("???.*"))] for folder in (models / "made", models / "real"))
     net = SmallInception("", "cpu", "clean")
 
     def distance(a, b):
@@ -106,7 +108,7 @@ def test_numbers_equal_their_definitions(models, evaluate):
     assert result["pictures"] == 7 and protocol["reference"]["clip_fid"]["pictures"] == 9
 
 
-def test_statistics_of_the_reference_are_used_again(models, evaluate, tmp_path):
+def test_statistics_of_the_reference_are_used_again(models, evaluate, tmp_path, capsys):
     settings, stored = {"images": models / "made", "metrics": ("fid", "clip_fid")}, tmp_path / "out/reference.npz"
     theirs = tmp_path / "theirs.npz"
     first = evaluate(**settings, reference=models / "real")
@@ -116,6 +118,10 @@ def test_statistics_of_the_reference_are_used_again(models, evaluate, tmp_path):
         np.savez(theirs, mu=file["mu"], sigma=file["sigma"])  # as it writes it
     alone = evaluate(images=models / "made", metrics=("fid",), reference=theirs, out=tmp_path / "theirs")
     assert alone["results"][0]["fid"] == first["results"][0]["fid"]
+    assert "by another program" in alone["protocol"]["reference"]["fid"]["made"]
+    assert "made" not in again["protocol"]["reference"]["fid"]
+    assert "(resize clean; the reference was made by another program, which does not say how: --resize must" in (
+        capsys.readouterr().out)
     for path, changed, message in (
             (stored, {"resize": "tensorflow"}, "resize: 'clean' there, 'tensorflow' now"),
             (stored, {"resolution": 32}, "resolution: 40 there, 32 now"),

@@ -105,12 +105,17 @@ def test_a_text_is_one_prompt_and_unknown_words_are_named_once(run, capsys):
         assert len(draw(loaded, texts, negative_prompts="a moon")) == 1
     warning = capsys.readouterr().err
     assert warning.count("was never shown the words hat, moon") == warning.count("warning") == 1 and "circle" in warning
+    draw(loaded, " ".join(f"w{i:02d}" for i in range(30)))
+    assert "w08, w09 and 20 more. It was shown" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("args, words", [
     ([], "no prompt"), (["--prompt", "a", " "], "a prompt is empty"),
     (["--prompts_file={tmp}/pipe.txt"], "no such file"),
-    (["--prompt", "a", "b", "c", "--negative_prompt", "d", "e"], "3 prompts, 2 negative prompts"),
+    (["--prompt", "a b", "b", "c", "--negative_prompt", "d f", "e"], "3 prompts, 2 negative prompts"),
+    (["--prompt", "a", "red", "circle"], 'did you mean --prompt "a red circle"?'), (["--seed=9" + 30 * "0"], "< 9e18"),
+    (["--prompt=a", "--negative_prompt", "a", "ring"], 'did you mean --negative_prompt "a ring"?'),
+    (["--prompts_file=prompts.parquet"], "is no file of prompts: give a .txt"),
     (["--prompt=a", "--checkpoint=nothing"], "no checkpoint nothing"),
     (["--prompt=a", "--vae=other"], "other is neither here nor"),
     (["--prompt=a", f"--checkpoint={ROOT / 'README.md'}"], "README.md")])
