@@ -4,8 +4,7 @@ Latents to pictures, and pictures side by side with their captions as one to loo
 import math
 import textwrap
 
-from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from common.files import whole
 
@@ -14,6 +13,7 @@ BACKGROUND = "#d0d0d0"  # a grey that no white picture vanishes in
 MOST = 64               # pictures of a grid
 # Pillow would open anything that it knows, whatever the file is called, and start Ghostscript for PostScript
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 26  # bytes of texts and profiles in a PNG
 
 
 def open_image(file):
@@ -70,7 +70,7 @@ def one_below_the_other(images):
 
 def save_picture(path, image, **texts):
     """Write a PNG, whole or not at all, with these texts inside."""
-    info = PngInfo()
+    info = PngImagePlugin.PngInfo()
     for name, text in texts.items():
         info.add_itxt(name, text)
     with whole(path) as temporary:

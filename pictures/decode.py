@@ -13,7 +13,7 @@ from collections import deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from tqdm import tqdm
 
 from common.images import open_image
@@ -50,11 +50,25 @@ def load_picture(picture, shortest):
             image.load()
             with contextlib.suppress(Exception):  # the orientation tag may be damaged, the picture is not
                 image = ImageOps.exif_transpose(image)
-            return to_rgb(image)
+            return to_rgb(to_srgb(image))
     except Unusable:
         raise
     except Exception as error:  # decoders raise whatever a damaged file provokes
         raise Unusable(f"{type(error).__name__}: {error}") from None
+
+
+def to_srgb(image):
+    """Convert the colours from the picture's own profile, as of a phone or a printer. A damaged one is passed over."""
+    with contextlib.suppress(Exception):
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+        if "sRGB" not in ImageCms.getProfileDescription(profile):
+            image = image.convert("RGBA") if image.mode in ("P", "PA") or "transparency" in image.info else image
+            shown = ImageCms.profileToProfile(image.convert(image.mode.rstrip("A")), profile,
+                                              ImageCms.createProfile("sRGB"), outputMode="RGB")
+            if image.mode.endswith("A"):
+                shown.putalpha(image.getchannel("A"))
+            return shown
+    return image
 
 
 def to_rgb(image):
