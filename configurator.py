@@ -14,6 +14,7 @@ import importlib.util
 import io
 import math
 import operator
+import os
 import re
 import sys
 import tokenize
@@ -26,6 +27,7 @@ COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": oper
 BOUND = r"([<>]=?) (-?[\d.e-]+)"
 RULE = re.compile(rf"\(({BOUND}(?:, {BOUND})?|\w+(?: \| \w+)+)\)")  # what a comment allows
 TYPES = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+COMMANDS = []  # those in the docstring of the config file that was read
 WORDS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 
@@ -162,6 +164,7 @@ def read_config(path, defaults):
         line = getattr(error, "lineno", None) or (inside.tb_lineno if inside else "?")
         raise ValueError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
     settings = {}
+    COMMANDS[:] = re.findall(r"^    (\S.*?)(?:  #.*)?$", values.get("__doc__") or "", re.M)
     for name, value in values.items():
         if name.startswith("_") or isinstance(value, types.ModuleType):  # modules that the file imported
             continue
@@ -178,6 +181,8 @@ def typed(where, name, value, default):
         return tuple(typed(where, name, v, (*default, "")[0]) for v in values)
     if isinstance(default, bool) and isinstance(value, str):
         value = WORDS.get(value.lower(), value)
+    elif isinstance(value, str) and value.startswith("~/"):  # as of --out=~/x, which no shell expands
+        value = os.path.expanduser(value)
     elif isinstance(default, (int, float)) and isinstance(value, str):
         with contextlib.suppress(ValueError):
             value = type(default)(value)

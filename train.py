@@ -1,14 +1,13 @@
 """
-Prepared data -> checkpoints.
+Prepared data -> checkpoints. A run that is started again goes on as if it had never stopped; with other processes the
+order of sums differs.
 
     python train.py config/tiny.py                                   # the laptop run, some eight minutes
     python train.py config/tiny.py --mixer_depth 0 --out runs/no_mixer
     torchrun --nproc_per_node=8 train.py config/small.py             # one process per GPU (or CPU)
-
-A run that is started again goes on as if it had never stopped; with other processes the order of sums differs.
 """
 from common.machine import exit_with_launcher
-from configurator import configure
+from configurator import COMMANDS, configure
 
 # In the comments below, what stands in parentheses is checked: a range as (>= 0, < 1), or the words that are allowed.
 # data and output
@@ -39,7 +38,7 @@ p_std = 1.2                   # standard deviation of ln sigma (> 0)
 caption_dropout = 0.1         # captions replaced by zeros, for guidance (>= 0, < 1)
 ema_decay = 0.0               # moving average of the weights; 0: none (>= 0, < 1)
 ema_start = 0                 # step at which the average starts (>= 0)
-seed = 2024                   # of weights, data order, noise, masks and dropout (>= 0)
+seed = 2024                   # of weights, data order, noise, masks and dropout (>= 0, < 9e18)
 # machine
 device = "auto"               # cuda, mps or cpu; auto: the best there is
 dtype = "auto"                # of matrix products, not of weights; auto: bfloat16 on cuda (auto | bfloat16 | float32)
@@ -71,11 +70,13 @@ import sys
 from dataclasses import asdict, fields
 from datetime import timedelta
 from pathlib import Path
+from shlex import quote
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
+from common.files import not_worth_a_run
 from common.machine import autocast, compute_dtype, keep_freed_memory, pick_device
 from common.processes import join, run_script, world_size
 from common.tensors import read_tensors, strip
@@ -98,23 +99,7 @@ PATIENCE = timedelta(hours=1)  # how long to wait for another process; a large c
 
 
 def train(state, net, batches, report, processes):
-    """Train until max_steps or a signal; return its number or 0. net is state.net wrapped by DDP and compiled.
-
-    Whatever else ends it, the steps that were made are saved before.
-    """
-    first_step = state.step + 1
-    try:
-        return run_steps(state, net, batches, report, processes)
-    except Exception:
-        if processes.rank == 0 and state.step >= first_step and not checkpoint.step_path(out, state.step).exists():
-            with contextlib.suppress(Exception):  # of which the error that ends it may be the cause
-                state.save(out, keep=max_steps)
-                print(f"step {state.step:,} was saved before this:", file=sys.stderr)
-        raise
-
-
-def run_steps(state, net, batches, report, processes):
-    """Do the work of train()."""
+    """Train until max_steps or a signal; return its number or 0. net is state.net wrapped by DDP and compiled."""
     places = own_places(batch_size, micro_batch_size, processes.rank, processes.world)
     stream = batches.stream(range(state.step, max_steps), places, processes.device)
     signals, first_step, stop_signal = Signals(processes), state.step + 1, 0
@@ -206,6 +191,8 @@ def check_settings():
 
 def open_data():
     """Return (training set, its rows, validation set, its rows)."""
+    if not Path(data[0]).exists() and any(f"--out {data[0]}" in command for command in COMMANDS):
+        raise ValueError(f"no prepared data in {data[0]}: {sys.argv[1]} says how: {' && '.join(COMMANDS)}")
     if "random" in data:
         rows = RandomRows(settings["latent_size"], MicroDiTConfig.latent_channels, MicroDiTConfig.caption_dim)
         return rows, rows, rows, rows
@@ -238,14 +225,12 @@ def new_state(config, run, device):
 
 
 def load_autoencoder(described, path, processes):
-    """Load the autoencoder of the data if checkpoints carry it (in float32), or sample pictures are to be drawn.
-
-    If the run goes on from the checkpoint `path`, that has it.
-    """
-    small = "config" in described
-    if small or sample_every and processes.rank == 0:
-        carried = strip(read_tensors(path, ("vae.",))[1], "vae.") if small and path else None
-        return load_described_vae(described, processes.device, torch.float32 if small else None, carried)
+    """Load the autoencoder of the data if checkpoints, as `path`, carry it (in float32), or to draw sample pictures."""
+    carried = path and strip(read_tensors(path, ("vae.",))[1], "vae.")
+    if "config" in described:
+        return load_described_vae(described, processes.device, torch.float32, carried)
+    with not_worth_a_run("the autoencoder of sample pictures") if path else contextlib.nullcontext():
+        return load_described_vae(described, processes.device) if sample_every and processes.rank == 0 else None
 
 
 def wrap_network(net, processes):
@@ -268,8 +253,7 @@ def announce(state, rows, held, meter, processes):
     print(f"{out}: {parameters / 1e6:.1f} M parameters, {len(rows):,} pictures, {len(held):,} to validate on, "
           f"{max_steps:,} steps of {batch_size} on {processes.world} x {processes.device.type}"
           + f", going on from step {state.step:,}" * (state.step > 0)
-          + (f" (MFU is against {meter.measured / 1e9:,.0f} GFLOP/s, measured just now)" if meter.measured else ""),
-          flush=True)
+          + (f" (MFU is of {meter.measured / 1e9:,.0f} GFLOP/s, measured now)" if meter.measured else ""), flush=True)
 
 
 def main():
@@ -310,11 +294,18 @@ def main():
         return processes.leave()
     state.vae = load_autoencoder(train_set.info["vae"], resume, processes)
     report = Report(state, settings, train_set, (val_set, val_rows), compute_dtype(dtype, device), meter, processes)
-    stop_signal = train(state, net, batches, report, processes)
+    try:
+        stop_signal = train(state, net, batches, report, processes)
+    except Exception:
+        if processes.rank == 0 and state.step and not checkpoint.step_path(out, state.step).exists():
+            with contextlib.suppress(Exception):  # what ends the run may also keep this from being saved
+                state.save(out, keep=max_steps)
+                print(f"step {state.step:,} was saved before this:", file=sys.stderr)
+        raise
     processes.leave()  # together, as torchrun may end the others while process 0 still writes
     if processes.rank == 0 and not stop_signal:
         path = checkpoint.step_path(out, state.step)
-        print(f"done: {path}. Draw with: python sample.py --checkpoint {path} --prompt \"...\"")
+        print(f"done: {path}. Draw with: python sample.py --checkpoint {quote(str(path))} --prompt \"...\"")
     if stop_signal:
         if processes.rank == 0:
             print(f"stopped by {signal.Signals(stop_signal).name}. The same command goes on from {out}", flush=True)

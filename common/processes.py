@@ -1,6 +1,8 @@
 """The processes of a script under torchrun: who they are, what they agree on, and how the script ends."""
-import contextlib
+import atexit
+import functools
 import os
+import re
 import signal
 import sys
 import time
@@ -81,58 +83,32 @@ def join(device=None, patience=PATIENCE):
     return Processes(rank, world, device, dist.new_group(backend="gloo", timeout=patience))
 
 
-class Lasting:
-    """Stands for a stream that may go away, as a closed terminal, a closed pipe or a full disk: no line is worth a run.
-
-    What cannot be written is lost. `other` is told once.
-    """
-
-    def __init__(self, stream, other=None):
-        self.stream, self.other, self.lost = stream, other, False
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        return self.call(self.stream.write, text)
-
-    def flush(self):
-        self.call(self.stream.flush)
-
-    def call(self, function, *args):
+def make_lasting(stream):
+    """Let a stream lose what it cannot write, after a closed terminal or pipe or on a full disk. That is said once."""
+    def attempt(function, *args):
         try:
             return function(*args)
         except (OSError, ValueError) as error:  # ValueError: it was closed
-            if self.other and not self.lost:
-                print(f"warning: {error}: lines of the standard output are lost", file=self.other)
-            self.lost = True
+            if not hasattr(stream, "failed"):
+                stream.failed = True
+                print(f"warning: {error}: lines of the output are lost", file=sys.stderr)
+                atexit.register(lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno()))  # for a last flush
+    for name in ("write", "flush") if "write" not in vars(stream) else ():
+        setattr(stream, name, functools.partial(attempt, getattr(stream, name)))
 
-    def end(self):
-        """Let the interpreter's last flush go nowhere, as it would say that it failed."""
-        self.flush()
-        with contextlib.suppress(OSError, ValueError):
-            if self.lost:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+KNOWN = {  # errors of torch, and what a user can do
+    "Expected to have finished": "a parameter of model.py gets no gradient, which several processes cannot train",
+    r"C(\+\+)? compiler": "--compile needs a C++ compiler: install g++ (apt install g++), or leave --compile out"}
 
 
 def run_script(name, main, stopped="The same command goes on where it was"):
-    """Call main() of a script as in run_main(), with an output that may go away."""
-    err = Lasting(sys.stderr)
-    out = Lasting(sys.stdout, err)
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            return run_main(name, main, stopped)
-    finally:
-        out.end()
-        err.end()
-
-
-def run_main(name, main, stopped):
     """Call the main() of a script. If that fails for a reason of the user's, or is stopped, end with one line.
 
     Under torchrun all processes mostly meet an error alike. The first says it at once, and the others only if the
     launcher has not ended them by then.
     """
+    list(map(make_lasting, filter(None, (sys.__stdout__, sys.__stderr__))))
     try:
         return main()
     except KeyboardInterrupt:
@@ -141,6 +117,10 @@ def run_main(name, main, stopped):
         line = f"{name}: the GPU's memory is too small: a smaller --micro_batch_size makes the same run"
     except (ValueError, OSError) as error:
         line = f"{name}: {error}"
+    except RuntimeError as error:
+        line = next((f"{name}: {advice}" for words, advice in KNOWN.items() if re.search(words, str(error))), None)
+        if not line:
+            raise
     if int(os.environ.get("RANK", 0)) > 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(2)

@@ -12,6 +12,7 @@ import os
 import re
 from itertools import groupby
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import torch
@@ -61,8 +62,8 @@ def read_info(folder):
     path = Path(folder) / "dataset.json"
     if not path.is_file():
         pictures, out = (folder, "data/NAME") if path.parent.is_dir() else ("PICTURES", folder)
-        raise ValueError(f"no prepared data in {folder}: `python prepare_latents.py --source {pictures} --out {out}` "
-                         "prepares pictures; docs/datasets.md has the published sets")
+        raise ValueError(f"no prepared data in {folder}: `python prepare_latents.py --source {quote(str(pictures))} "
+                         f"--out {quote(str(out))}` prepares pictures; docs/datasets.md has the published sets")
     with reading(path, AGAIN):
         info = read_json(path)
         if info["format"] != FORMAT:

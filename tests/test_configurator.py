@@ -38,7 +38,7 @@ SCRIPTS = ("train.py", "train_vae.py", "sample.py", "prepare_latents.py", "eval_
 def python(*args, cwd, path):
     """Run a Python file -> (what it printed, its error)"""
     p = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True,
-                       env={"PYTHONPATH": str(path), "PATH": ""})
+                       env={"PYTHONPATH": str(path), "PATH": "", "HOME": "HOME"})
     assert "Traceback" not in p.stderr and (not p.returncode or len(p.stderr.strip().splitlines()) == 1), p.stderr
     assert bool(p.returncode) == bool(p.stderr)
     return p.stdout, p.stderr
@@ -72,7 +72,8 @@ def run(tmp_path):
     (["--sides", "16", "32"], None, dict(sides=(16, 32))), (["--kind", "b"], None, dict(kind="b")),
     (["--words", "a b", "c", "--steps=1"], None, dict(words=("a b", "c"), steps=1)),
     (["--words="], "words = 'a b'", {}), ([], "words = 'a b'", dict(words=("a b",))),
-    (["--steps=1", "--steps=2"], None, dict(steps=2))])
+    (["--steps=1", "--steps=2"], None, dict(steps=2)), (["--name=~/x"], None, dict(name="HOME/x")),
+    (["--words", "~/x", "a~/b"], None, dict(words=("HOME/x", "a~/b"))), ([], "name = '~/x'", dict(name="HOME/x"))])
 def test_defaults_then_file_then_command_line(run, args, config, expected):
     assert run(*args, config=config) == DEFAULTS | expected
 

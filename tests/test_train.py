@@ -224,10 +224,35 @@ def test_it_learns_and_shows_it(fit, shapes16, tmp_path):
     (["--init_from=nowhere"], "no checkpoint nowhere"),
     (["--init_from=runs/xl2_256"], "run `train.py config/xl2_256.py` first"),
     (["--attn_ratio", "1"], "attn_ratio is (1.0,): it needs two numbers"), (["--wandb=mine"], "pip install wandb"),
-    (["--unmasked_steps=9"], "must be at most max_steps 8")])
+    (["--unmasked_steps=9"], "must be at most max_steps 8"), ([f"--seed={10 ** 30}"], "it must be >= 0, < 9e18")])
 def test_mistakes_stop_before_anything_is_written(fit, tmp_path, args, words):
     assert words in fit(tmp_path / "run", *args, fails=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_without_data_a_config_names_its_commands(tmp_path):
+    message = launch("train.py", "config/tiny.py", cwd=tmp_path, fails=True)
+    assert message.endswith("says how: python train_vae.py && python prepare_latents.py --vae runs/vae/vae.safetensors "
+                            "--resolutions 64 --out data/shapes64 && python train.py config/tiny.py")
+    assert "small.py says how: python train_va" in launch("train.py", "config/small.py", cwd=tmp_path, fails=True)
+    for args in (("config/tiny.py", "--data=my photos"), ("config/xl2_256.py",)):
+        message = launch("train.py", *args, cwd=tmp_path, fails=True)
+        assert "`python prepare_latents.py --source PICTURES --out" in message and "says how" not in message
+    assert "--out 'my photos'" in launch("train.py", "--data=my photos", cwd=tmp_path, fails=True)
+
+
+@pytest.mark.parametrize("error, words", [
+    ("RuntimeError('Expected to have finished reduction in the prior iteration')", "gets no gradient, which several"),
+    ("RuntimeError('InvalidCxxCompiler: No working C++ compiler found in torch')", "needs a C++ compiler: install g++"),
+    ("RuntimeError('Failed to find C compiler. Please specify')", "needs a C++ compiler"),
+    ("torch.OutOfMemoryError('CUDA out of memory')", "a smaller --micro_batch_size makes the same run"),
+    ("RuntimeError('another one')", "")])
+def test_errors_of_torch_that_users_can_mend_are_one_line(error, words, tmp_path):
+    (tmp_path / "it.py").write_text(f"import torch\nfrom common.processes import run_script\n"
+                                    f"def main(): raise {error}\nrun_script('it.py', main)\n")
+    printed = launch(tmp_path / "it.py", fails=True, traceback=True)
+    assert words in printed and ("Traceback" in printed) == (not words), printed
+    assert words == "" or printed.startswith("it.py: ") and len(printed.splitlines()) == 1
 
 
 def test_starting_from_other_weights(fit, whole, tmp_path):

@@ -1,9 +1,8 @@
 """
-A run's weights for others, under the tensor names of the paper's released checkpoints.
+A run's weights for others, under the tensor names of the paper's released checkpoints. sample.py --checkpoint,
+eval_fid.py --checkpoint and train.py --init_from read the file back.
 
     python -m training.export --run runs/xl2_512_unmasked --out microdit.safetensors
-
-sample.py --checkpoint, eval_fid.py --checkpoint and train.py --init_from read the file back.
 """
 from configurator import configure
 

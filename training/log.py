@@ -3,7 +3,7 @@ from pathlib import Path
 
 import torch
 
-from common.files import append_lines, not_worth_a_run, read_jsonl, write_lines
+from common.files import append_lines, check_still_there, not_worth_a_run, read_jsonl, write_lines
 
 BINS = 5  # noise levels are reported in so many bins of equal probability
 
@@ -46,7 +46,6 @@ class Log:
     """Prints lines, and writes the same as JSON lines and to Weights & Biases if wanted."""
 
     def __init__(self, folder, step, silent=False, wandb="", run=None):
-        """run: what a checkpoint says of itself. Its id is the run's at Weights & Biases, too."""
         self.path, self.silent, self.wandb = Path(folder) / "log.jsonl", silent, None
         self.first_step, self.waiting = step, []  # lines that could not be written yet
         with not_worth_a_run("Weights & Biases"):
@@ -59,6 +58,7 @@ class Log:
         if self.silent:
             return
         print(text, flush=True)
+        check_still_there(self.path)
         self.waiting.append(values)
         with not_worth_a_run(self.path):
             if self.first_step is not None and self.path.exists():  # without the lines of steps that are done again
@@ -67,13 +67,11 @@ class Log:
             self.first_step = None
             append_lines(self.path, self.waiting)
             self.waiting = []
-        with not_worth_a_run("Weights & Biases"):
-            if self.wandb:
-                self.wandb.log(values, step=values["step"])
+        self.send(values["step"], values)
 
-    def picture(self, path, step):
-        """Send a picture to Weights & Biases, if wanted."""
+    def send(self, step, values, picture=""):
+        """Send values, and maybe a picture's file, to Weights & Biases, if wanted."""
         with not_worth_a_run("Weights & Biases"):
             if self.wandb:
                 import wandb as client
-                self.wandb.log({"samples": client.Image(str(path))}, step=step)
+                self.wandb.log(values | ({"samples": client.Image(str(picture))} if picture else {}), step=step)

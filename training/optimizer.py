@@ -98,9 +98,8 @@ class Optimizer:
 
     def tensors(self):
         """Return {"exp_avg.NAME OF THE PARAMETER": tensor} of everything that it remembers."""
-        return {f"{key}.{name}": value for optimizer, names in self.parts
-                for name, p in zip(names, optimizer.param_groups[0]["params"])
-                for key, value in optimizer.state.get(p, {}).items()}
+        return {f"{key}.{name}": value for o, names in self.parts for name, p in zip(names, o.param_groups[0]["params"])
+                for key, value in o.state.get(p, {}).items()}
 
     def load(self, tensors, where="the checkpoint"):
         """Take over what tensors() of an optimizer of the same kind returned; ValueError if they do not fit."""

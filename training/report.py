@@ -1,5 +1,4 @@
 """How good a network is while it trains: its validation loss, sample pictures, and both on one page, progress.png."""
-import contextlib
 import math
 from pathlib import Path
 
@@ -77,8 +76,9 @@ class Report:
                                          self.settings["sample_guidance"])
             path.parent.mkdir(exist_ok=True)
             save_picture(path, picture_grid(images, math.ceil(len(images) ** 0.5), texts))
-            self.log.picture(path, state.step)
+            self.log.send(state.step, {}, path)
             draw_progress(self.folder)
+        state.averaged_net.train()
 
 
 @torch.no_grad()
@@ -89,32 +89,23 @@ def validate(net, val_set, ids, size, dtype, processes):
     quantiles = (torch.randperm(n, generator=generator(7)) + 0.5) / n  # one noise level a row, evenly spread
     sigma = (VAL_P_MEAN + VAL_P_STD * torch.special.ndtri(quantiles.double())).exp().float()
     losses, failed = Losses(VAL_P_MEAN, VAL_P_STD, processes), None
-    with evaluating(net):
-        try:
-            for b in range(processes.rank * size, n, processes.world * size):
-                rows = list(range(b, min(n, b + size)))
-                batch = {name: t.to(device) for name, t in val_set.read(ids[rows]).items()}
-                latents, levels = batch["latents"].float(), sigma[rows].to(device)
-                noise = torch.stack([torch.randn(latents.shape[1:], generator=generator(8, i)) for i in rows])
-                with autocast(device, dtype):
-                    loss = edm_loss(net, latents, decoded_captions(batch).float(), levels, noise.to(device),
-                                    reduce=False)
-                losses.add(levels, loss)
-        except Exception as error:  # the other processes wait for this one
-            failed = str(error) or repr(error)
+    net.eval()
+    try:
+        for b in range(processes.rank * size, n, processes.world * size):
+            rows = list(range(b, min(n, b + size)))
+            batch = {name: t.to(device) for name, t in val_set.read(ids[rows]).items()}
+            latents, levels = batch["latents"].float(), sigma[rows].to(device)
+            noise = torch.stack([torch.randn(latents.shape[1:], generator=generator(8, i)) for i in rows]).to(device)
+            with autocast(device, dtype):
+                loss = edm_loss(net, latents, decoded_captions(batch).float(), levels, noise, reduce=False)
+            losses.add(levels, loss)
+    except Exception as error:  # the other processes wait for this one
+        failed = str(error) or repr(error)
+    net.train()
     if failed := next(filter(None, processes.gather(failed)), None):
         raise ValueError(failed)
     loss, _, by_sigma = losses.read()
     return loss, by_sigma
-
-
-@contextlib.contextmanager
-def evaluating(net):
-    net.eval()
-    try:
-        yield
-    finally:
-        net.train()
 
 
 def draw_samples(net, val_set, ids, vae, dtype, guidance):
@@ -124,22 +115,23 @@ def draw_samples(net, val_set, ids, vae, dtype, guidance):
     captions = decoded_captions(val_set.read(ids)).float().to(device)
     noise = torch.stack([torch.randn(c.latent_channels, c.latent_size, c.latent_size, generator=generator(9, i))
                          for i in range(len(ids))]).to(device)
-    with evaluating(net), autocast(device, dtype):
-        latents = draw_latents(net, noise, captions, guidance_scale=guidance)
+    with autocast(device, dtype):
+        latents = draw_latents(net.eval(), noise, captions, guidance_scale=guidance)
     return decode_images(vae, latents), val_set.texts(ids)
 
 
 def draw_progress(folder):
     """Write progress.png: the losses so far, and below them the newest sample pictures with their captions."""
-    folder, lines = Path(folder), {}
-    for entry in read_jsonl(folder / "log.jsonl"):
-        for name, key in (("training (at its own noise levels)", "loss"), ("validation", "val_loss")):
-            point = entry.get("step"), entry.get(key)
-            if all(type(number) in (int, float) and 0 < number < 1e30 for number in point):
-                lines.setdefault(name, []).append(point)
-    parts = [line_plot(lines, "step", "loss", title=folder.name, log="y")] if lines else []
-    if grids := sorted((folder / "samples").glob(f"step_{8 * '[0-9]'}.png")):
-        with open_image(grids[-1]) as grid:
-            parts.append(grid.convert("RGB"))
-    if parts:
-        save_picture(folder / "progress.png", one_below_the_other(parts))
+    with not_worth_a_run(f"{folder}/progress.png"):
+        folder, lines = Path(folder), {}
+        for entry in read_jsonl(folder / "log.jsonl"):
+            for name, key in (("training (at its own noise levels)", "loss"), ("validation", "val_loss")):
+                point = entry.get("step"), entry.get(key)
+                if all(type(number) in (int, float) and 0 < number < 1e30 for number in point):
+                    lines.setdefault(name, []).append(point)
+        parts = [line_plot(lines, "step", "loss", title=folder.name, log="y")] if lines else []
+        if grids := sorted((folder / "samples").glob(f"step_{8 * '[0-9]'}.png")):
+            with open_image(grids[-1]) as grid:
+                parts.append(grid.convert("RGB"))
+        if parts:
+            save_picture(folder / "progress.png", one_below_the_other(parts))

@@ -16,8 +16,7 @@ class Signals:
     def __init__(self, processes):
         self.received, self.work, self.group = 0, None, processes.group
         for number in (getattr(signal, name, None) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")):
-            # Windows lacks some, and nohup has SIGHUP ignored
-            if number and not (number != signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN):
+            if number and (number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN):  # as under nohup
                 signal.signal(number, self.handle)
 
     def handle(self, number, frame):

@@ -3,6 +3,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 
 import model
 from common.files import reading, write_bytes, write_json
@@ -24,9 +25,6 @@ class State:
     run: dict = field(default_factory=dict)  # what a checkpoint says of itself, but for its step
     step: int = 0
     vae: object = None  # the autoencoder of the data, where it is wanted
-
-    def __post_init__(self):
-        self.run.setdefault("id", os.urandom(8).hex())
 
     @property
     def averaged_net(self):
@@ -56,8 +54,7 @@ class State:
         """Go on from a checkpoint of this run."""
         run, tensors = checkpoint.read_checkpoint(path, ("model.", "ema.", "optimizer."))
         self.step = run["step"]
-        if "id" in run:
-            self.run["id"] = run["id"]
+        self.run["id"] = run.get("id", self.run.get("id"))
         if any(name.startswith("ema.") for name in tensors):
             self.average.copy(self.net)
         for part, net in (("model.", self.net), ("ema.", self.average.net)):
@@ -93,14 +90,14 @@ def find_start(name):
         return checkpoint.find(name)
     except ValueError as error:
         phase = f"config/{Path(name).name}.py"
-        first = f": run `train.py {phase}` first" if (ROOT / phase).is_file() else ""
-        raise ValueError(f"init_from: {error}{first}") from None
+        raise ValueError(f"init_from: {error}" + f": run `train.py {phase}` first" * (ROOT / phase).is_file()) from None
 
 
 def take_folder(folder, run):
     """Lock a run's folder and return the checkpoint to go on from, or None; ValueError if it is not this run's."""
     folder = Path(folder)
     lock(folder)
+    run["id"] = os.urandom(8).hex()
     remove_leftovers(folder, OURS)
     path, old = checkpoint.newest_readable(folder)
     if not path:  # else the checkpoint says what the folder is, also where run.json was lost
@@ -123,7 +120,7 @@ def check_same_run(folder, path, old, run):
         more.append(f"max_steps: {before['max_steps']} there, {now} now (it may only grow)")
     elif before["max_steps"] < now and taken_back:
         more.append(f"max_steps: {before['max_steps']} there, {now} now, takes back what the schedule has done; to "
-                    f"train on: --init_from {path or 'STEP'} --init_optimizer --schedule constant --out ANOTHER")
+                    f"train on: --init_from {quote(str(path))} --init_optimizer --schedule constant --out ANOTHER")
     same_command(folder, before, settings, more)
     check_same_encoders(old["data"], folder, run["data"], "the data")
     if old.get("training_sha256", run["training_sha256"]) != run["training_sha256"]:
