@@ -3,8 +3,6 @@ import math
 
 from PIL import Image, ImageDraw, ImageFont
 
-from common.files import whole
-
 COLORS = ("#1f4ed8", "#d8401f", "#1f9d55", "#7a1fd8", "#c98a00", "#108fa3", "#d81f8c", "#555555", "#111111", "#b5a300")
 WIDTH, HEIGHT = 760, 440
 LEFT, RIGHT, TOP, BOTTOM = 74, 736, 40, 388  # of the axes
@@ -32,13 +30,6 @@ def axis(values, log, start, end):
     low, high = low - margin, high + margin
     return (ticks(unscale(low), unscale(high), log),
             lambda value: start + (scale(value) - low) / (high - low) * (end - start))
-
-
-def plot(path, lines, x_label, y_label, **options):
-    """Save the picture of line_plot as a PNG."""
-    image = line_plot(lines, x_label, y_label, **options)
-    with whole(path) as temporary:
-        image.save(temporary, "PNG")
 
 
 def line_plot(lines, x_label, y_label, *, title="", log=""):

@@ -1,9 +1,8 @@
 """
-The paper's small network for ablations, Tiny/2: 200.7 M parameters, 256 px, 75 % masked but for the last fifth.
+The paper's small network for ablations, Tiny/2: 200.7 M parameters, 256 px, 75 % masked but for the last fifth. It is
+for one GPU. The number of steps, batch and learning rate are this project's choice.
 
     python train.py config/tiny2_256.py
-
-It is for one GPU. The number of steps, batch and learning rate are this project's choice.
 """
 from config.xl2_256 import *
 

@@ -1,10 +1,9 @@
 """
-The paper's XL/2, 1,165.4 M parameters, phase 1 of 4: 256 px, 75 % masked, 250,000 steps of 2,048 pictures.
+The paper's XL/2, 1,165.4 M parameters, phase 1 of 4: 256 px, 75 % masked, 250,000 steps of 2,048 pictures. Its hours
+and dollars are in docs/budget.md; add `--check --data random` to measure them on your GPUs. The data sets are in
+docs/datasets.md.
 
     torchrun --nproc_per_node=8 train.py config/xl2_256.py
-
-Its hours and dollars are in docs/budget.md; add `--check --data random` to measure them on your GPUs. The data sets are
-in docs/datasets.md.
 """
 data = ("data/sa1b", "data/cc12m", "data/textcaps", "data/journeydb", "data/diffusiondb")
 val_data = ("data/coco",)

@@ -1,10 +1,9 @@
 """
-The paper's XL/2, 1,165.4 M parameters, phase 3 of 4: 512 px, 75 % masked, 50,000 steps of 2,048 pictures.
+The paper's XL/2, 1,165.4 M parameters, phase 3 of 4: 512 px, 75 % masked, 50,000 steps of 2,048 pictures. It starts
+from the weights alone. Positions are at half the distance, so that the four times as many patches cover the same range.
+Of CC12M it takes only pictures of 512 px and more.
 
     torchrun --nproc_per_node=8 train.py config/xl2_512.py                   # after config/xl2_256_unmasked.py
-
-It starts from the weights alone. Positions are at half the distance, so that the four times as many patches cover the
-same range. Of CC12M it takes only pictures of 512 px and more.
 """
 from config.xl2_256 import *
 

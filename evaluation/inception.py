@@ -24,10 +24,8 @@ SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 # A step is the name of a pool, a convolution (name, channels, kernel, stride, padding), a fork, which is a list of
 # branches, each a list of steps, whose results are concatenated, or a block (name, fork).
-POOLS = {
-    "average": lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),
-    "max": lambda x: F.max_pool2d(x, 3, 1, 1),
-    "max/2": lambda x: F.max_pool2d(x, 3, 2)}
+POOLS = {"average": lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),
+         "max": lambda x: F.max_pool2d(x, 3, 1, 1), "max/2": lambda x: F.max_pool2d(x, 3, 2)}
 
 
 def block_a(pool):

@@ -53,7 +53,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.files import read_bytes, write_bytes, write_json
 from common.folders import FREE, described, lock, same_command
-from common.plot import plot
+from common.images import save_picture
+from common.plot import line_plot
 from common.processes import run_script
 from pictures.prepared import min_side, read_info
 from studies.compare import markdown, mean_and_spread, validations
@@ -232,7 +233,7 @@ def main(chosen=()):
     table, curves = summarize(results)
     write_json(Path(out, "results.json"), results)
     write_bytes(Path(out, "table.md"), f"{table}\n".encode())
-    plot(Path(out, "losses.png"), curves, "training TFLOP", "validation loss at the best width", log="xy")
+    save_picture(Path(out, "losses.png"), line_plot(curves, "training TFLOP", "loss at the best width", log="xy"))
     print(f"\n{table}\n\n{out}: table.md, results.json, losses.png")
 
 

@@ -22,7 +22,8 @@ import statistics
 from pathlib import Path
 
 from common.files import read_json, read_jsonl, reading
-from common.plot import plot
+from common.images import save_picture
+from common.plot import line_plot
 from common.processes import run_script
 
 
@@ -62,7 +63,8 @@ def main():
         losses = [[log[step] for log in logs] for step in steps]
         lines[name] = [(step, statistics.mean(at), min(at), max(at)) for step, at in zip(steps, losses)]
         rows.append([name, f"{len(group)}", f"{steps[-1]:,}", mean_and_spread(losses[-1])])
-    plot(path := out or Path(runs[0], "compare.png"), lines, "step", "validation loss", log="y")
+    path = Path(out or f"{runs[0]}/compare.png")
+    save_picture(path, line_plot(lines, "step", "validation loss", log="y"))
     print(f"{markdown(rows)}\n\n{path}")
 
 

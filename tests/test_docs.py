@@ -91,7 +91,8 @@ def test_pictures_of_ones_own(tmp_path):
         Image.new("RGB", (72, 70), (30 * i, 90, 120)).save(tmp_path / f"photos/{i}.jpg")
         (tmp_path / f"photos/{i}.txt").write_text("a photo of a cat")
     fewer = {"train.py": ("--max_steps=2", "--unmasked_steps=1", "--batch_size=4", "--sample_every=0"),
-             "sample.py": ("--steps=2", "--out=samples"), "train_vae.py": ("--max_steps=2", "--width=48")}
+             "sample.py": ("--steps=2", "--out=samples"), "train_vae.py": ("--max_steps=2", "--width=48"),
+             "eval_fid.py": ("--steps=2", "--metrics=fid", "--inception=random")}  # without the download
     for line in commands(PAGES["README.md"]):
         if any(part in line for part in COMMANDS["here"]):
             _, *words = shlex.split(line.replace("runs/tiny", "runs/photos").replace("-m training", "training"))

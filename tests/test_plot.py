@@ -11,7 +11,7 @@ from common import plot
 def test_lines_go_where_their_points_are(tmp_path, log, height):
     """In the middle of the x axis a line from 1 to 100 over 10 is so high, as a share of its whole rise"""
     lines = {"up": [(1, 1.0), (10, 10.0), (100, 100.0)], "band": [(1, 80.0, 70.0, 90.0), (100, 80.0, 70.0, 90.0)]}
-    plot.plot(tmp_path / "a.png", lines, "x", "y", title="t", log=log)
+    plot.line_plot(lines, "x", "y", title="t", log=log).save(tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as image:
         other = np.abs(np.asarray(image).astype(int) - ImageColor.getrgb(plot.COLORS[0])).sum(-1)
     ys, xs = np.nonzero(other[:, :plot.RIGHT - 26] < 12)  # without its name
