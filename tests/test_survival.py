@@ -25,12 +25,12 @@ STEPS = ("--max_steps=48", "--checkpoint_every=16", "--seed=3", "--eval_every=0"
 TWO = ("--rdzv-endpoint=localhost:0", "--nproc_per_node=2")
 
 
-def start(data, out, *torchrun, stdout=None, stderr=None, **env):
+def start(data, out, *torchrun, more=(), stdout=None, stderr=None, **env):
     """Start train.py, with arguments of torchrun under that; what it prints goes to OUT.txt."""
     launcher = ["-m", "torch.distributed.run", "--rdzv-backend=c10d", *torchrun] if torchrun else []
     with open(f"{out}.txt", "a") as log:
         return subprocess.Popen([sys.executable, *launcher, ROOT / "train.py", f"--data={data}", *SMALL, *STEPS,
-                                 f"--out={out}"], cwd=WORK.name, stdout=stdout or log, stderr=stderr or log,
+                                 *more, f"--out={out}"], cwd=WORK.name, stdout=stdout or log, stderr=stderr or log,
                                 start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
 
 
@@ -197,6 +197,20 @@ def test_two_processes_live_through_a_signal_and_a_crash(shapes16, tmp_path):
     assert int(re.findall(r"going on from step (\d+)", said(out))[-1]) >= 16  # the other process may save what was done
     launch("train.py", f"--data={shapes16}", *SMALL, *STEPS, f"--out={tmp_path / 'whole'}", processes=2)
     assert_equal(out, tmp_path / "whole")
+
+
+def test_processes_whose_launcher_is_gone_save_their_last_step(shapes16, tmp_path):
+    """SIGUSR1, as a cluster sends it before the time is up, ends torchrun at once"""
+    out = tmp_path / "run"
+    run = start(shapes16, out, *TWO, more=("--max_steps=50000", "--checkpoint_every=0"))
+    wait_for_step(out, 5)
+    run.send_signal(signal.SIGUSR1)
+    run.wait(60)
+    deadline = time.time() + 30
+    while workers(out, run):
+        assert time.time() < deadline, said(out)
+        time.sleep(0.1)
+    assert 4 < checkpoint.step_of(checkpoint.steps_of(out)[-1]) == log_of(out)[-1]["step"] < 50000, said(out)
 
 
 def test_two_nodes_come_back_after_a_crash(shapes16, tmp_path, monkeypatch):
