@@ -98,7 +98,7 @@ def make_lasting(stream):
 
 
 KNOWN = {  # errors of torch, and what a user can do
-    "Expected to have finished": "a parameter of model.py gets no gradient, which several processes cannot train",
+    "Expected to have finished": "a parameter gets no gradient, which several processes cannot train: use or drop it",
     r"C(\+\+)? compiler": "--compile needs a C++ compiler: install g++ (apt install g++), or leave --compile out"}
 
 

@@ -94,7 +94,7 @@ def beside(picture, texts):
     its name, or of its WebDataset key, which ends at the first dot, as it is or with a word as in 1.caption.txt."""
     name, key = plain(picture), key_of(picture)
     names = name, stem(name), key, *(f"{key}.{word}" for word in CAPTION_FIELDS)
-    return next((texts[n] for n in names if texts.get(n)), [])
+    return next((texts[n] for n in names if n in texts), [])
 
 
 def key_of(name):

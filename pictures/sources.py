@@ -168,8 +168,8 @@ def entries_of_archive(path, label):
                 if not read or name in group:
                     get = functools.partial(Unusable, "a link, or there twice")
                 elif not later:
-                    get, held = itertools.repeat(get()).__next__, held + size
-                names.setdefault(stem(plain(name)), []).extend([name] if group is texts else [])
+                    get, held = functools.partial(lambda data: data, get()), held + size
+                (names if group is texts else {}).setdefault(stem(plain(name)), []).append(name)
                 group[name] = size * (not later), get
             while len(pictures) > WAITING[1] or pictures and held > WAITING[0]:
                 held -= pictures[name := next(iter(pictures))][0]
