@@ -1,8 +1,10 @@
 """
-Pictures -> FID, CLIP-FID and CLIP score. A network of the built-in set is scored by a reader, without any download.
+Pictures -> FID, CLIP-FID and CLIP score. Without any download, a network of the built-in set is scored by a reader, and
+one of emoji, or another small set, by whether what it draws is nearest to the right picture.
 OUT/results.json has the numbers and what they depend on: docs/evaluation.md explains them.
 
-    python eval_fid.py                                               # the newest run, if it was trained on `shapes`
+    python eval_fid.py                                    # the newest run, if it was trained on `shapes` or `emoji`
+    python eval_fid.py --checkpoint runs/NAME --metrics nearest --captions photos/ --reference photos/
     python eval_fid.py --checkpoint runs/NAME --captions captions_val2014.json --reference val2014 --count 30000
     torchrun --nproc_per_node=8 eval_fid.py ... --guidance_scales 1.5 2 3 5  # a curve, and the work on eight GPUs
     python eval_fid.py --images pictures --captions prompts.txt --reference val2014.npz
@@ -14,18 +16,20 @@ from configurator import configure
 checkpoint = ""            # checkpoint file or run folder; empty: the newest run
 images = ""                # folder of pictures to judge instead
 captions = ""              # prompts: .txt, one a line; a table of captions (.json, .jsonl, .tsv, .csv), COCO's too;
-                           # shapes or shapes_unseen: the built-in set's; empty: both, or those inside --images
-count = 0                  # number of prompts, chosen by chance; 0: all, of shapes 256 (>= 0)
-reference = ""             # folder of real pictures, or .npz of their statistics, as an earlier OUT/reference.npz
+                           # shapes, shapes_unseen, emoji, emoji_unseen; empty: both of a set, or those inside --images
+count = 0                  # number of prompts, chosen by chance; 0: all, of shapes and emoji 256 (>= 0)
+reference = ""             # folder of real pictures, or .npz of their statistics, as an earlier OUT/reference.npz; for
+                           # nearest pictures with captions, as prepare_latents.py takes them; empty: emoji_all
 matched = False            # of the reference folder only the pictures whose captions are the prompts
-metrics = ()               # empty: the first three, for shapes the last (fid | clip_fid | clip_score | attributes)
+metrics = ()               # empty: attributes for shapes, nearest for emoji, for others the first three
+                           # (fid | clip_fid | clip_score | attributes | nearest)
 resolution = 0             # side at which pictures are compared; 0: that of the judged pictures (>= 0)
 resize = "clean"           # to Inception's 299 px as clean-fid or as the first FID code does (clean | tensorflow)
 inception = ""             # file of weights; empty: the published ones (96 MB); random: fixed ones, to compare runs
 guidance_scales = (-1.0,)  # one or more, each judged by itself; -1: as the run does (>= -1)
 steps = 30                 # sampler steps (>= 1)
 sampler = "heun"           # (heun | dpmpp_2m)
-vae = ""                   # autoencoder; empty: the one that the checkpoint was trained with
+vae = ""                   # autoencoder, for nearest also with --images; empty: that of the checkpoint
 text_encoder = ""          # text encoder; empty: the one that the checkpoint was trained with
 batch_size = 32            # pictures generated at once, and shown to Inception and CLIP at once (>= 1)
 out = ""                   # folder of the pictures and results; empty: scores/NAME, by the run or images folder
@@ -47,12 +51,13 @@ from common.folders import claim, differences, lock
 from common.images import MOST, open_image, picture_grid, save_picture
 from common.machine import pick_device
 from common.processes import join, run_script
-from encoders import warn_of_cut
-from evaluation import features, frechet, prompts
+from encoders import load_vae, warn_of_cut
+from evaluation import features, frechet, nearest, prompts
 from evaluation.clip import Clip
 from evaluation.inception import load_inception
 from pictures import shapes
 from pictures.decode import load_picture
+from pictures.sources import EMOJI
 from sampling import generated
 from sampling.pipeline import load as load_pipeline
 from training import checkpoint as checkpoints
@@ -61,7 +66,7 @@ SEED = 2024  # picture i starts from noise that depends on SEED + i alone
 CLIPS = {"clip_fid": "openai/clip-vit-base-patch32", "clip_score": "openai/clip-vit-base-patch16"}
 DISTANCES = {"fid": ".npz", "clip_fid": ".clip.npz"}  # endings of the files with the reference's statistics
 COLUMNS = ("attributes", "attributes_shapes", "attributes_chance")  # of the pictures, of the set's own, of others
-OURS = r"results\.json|reference(\.clip)?\.npz|guidance_.*|shapes(_unseen)?(_.*\.png)?"  # names in OUT
+OURS = r"results\.json|reference(\.clip)?\.npz|guidance_.*|(shapes|emoji)(_unseen)?(_.*\.png)?"  # names in OUT
 
 
 @dataclass
@@ -81,6 +86,8 @@ def check_settings(chosen, distances, sources):
     """Refuse what does not fit together."""
     is_folder = bool(reference) and Path(reference).is_dir()
     for refused, message in (
+            ("nearest" in chosen and not (reference or sources[0] in EMOJI), "nearest needs a --reference of pictures"),
+            ("nearest" in chosen and images and not vae, "nearest with --images needs a --vae"),
             ("attributes" in chosen and not set(sources) <= set(prompts.SHAPES),
              "the metric attributes is for the built-in set: --captions shapes"),
             (images and (checkpoint or count or tuple(guidance_scales) != (-1.0,)),
@@ -95,7 +102,7 @@ def check_settings(chosen, distances, sources):
 
 def existing_pictures(chosen):
     paths = prompts.pictures_of(images)
-    needed = {"clip_score", "attributes"}.intersection(chosen)
+    needed = {"clip_score", "attributes", "nearest"}.intersection(chosen)
     wanted = prompts.prompts_of(images, paths, captions) if needed else [prompts.Prompt("")] * len(paths)
     return Pictures(images, captions, list(zip(paths, wanted)))
 
@@ -105,7 +112,7 @@ def pictures_to_generate(pipeline, prompt_lists, folder):
     sets = []
     for source, wanted in prompt_lists.items():
         for scale in (s if s >= 0 else pipeline.guidance_scale for s in guidance_scales):
-            name = f"{source}/guidance_{scale:g}" if source in prompts.SHAPES else f"guidance_{scale:g}"
+            name = f"{source}/guidance_{scale:g}" if source in prompts.OF_SETS else f"guidance_{scale:g}"
             items = [(folder / name / f"{i:05d}.png", prompt) for i, prompt in enumerate(wanted)]
             sets.append(Pictures(name, source, items, scale))
     return sets
@@ -148,19 +155,25 @@ def load_reference(networks, file, side):
 
 def judge(pictures, rows, count_and_hash, statistics):
     values = {metric: of_all.mean() if metric == "clip_score" else
-              frechet.distance(*frechet.gaussian(of_all), *statistics[metric]) for metric, of_all in rows.items()}
+              frechet.distance(*frechet.gaussian(of_all), *statistics[metric])
+              for metric, of_all in rows.items() if metric != "nearest"}
     about = {"folder": pictures.name, "guidance_scale": pictures.scale, "captions": pictures.source or "its own"}
     return about | count_and_hash | {metric: round(float(value), 4) for metric, value in values.items()}
 
 
-def attribute_scores(pictures, side, folder):
-    """Return the scores in COLUMNS, and write a grid of the pictures."""
+def save_grid(pictures, folder):
+    """Write a grid of the first pictures of a set."""
+    shown = pictures.items[:MOST]
+    grid = picture_grid([load_picture(path, 1) for path, _ in shown], 8, [prompt.caption for _, prompt in shown])
+    save_picture(folder / f"{pictures.source}_{Path(pictures.name).name}.png", grid)
+
+
+def attribute_scores(pictures, side):
+    """Return the scores in COLUMNS."""
     images = [load_picture(path, 1) for path, _ in pictures.items]
     scenes = [shapes.scene(prompts.FIRST_SCENE + i, prompts.SHAPES[pictures.source], side)[0]
               for i in range(len(images))]
     wanted = [prompt.attributes for _, prompt in pictures.items]
-    grid = picture_grid(images[:MOST], 8, [prompt.caption for _, prompt in pictures.items[:MOST]])
-    save_picture(folder / f"{pictures.source}_{Path(pictures.name).name}.png", grid)
     return {column: {name: list(n) for name, n in shapes.score(shown, wanted).items()}
             for column, shown in zip(COLUMNS, (images, scenes, scenes[1:] + scenes[:1]))}
 
@@ -172,6 +185,8 @@ def print_results(entries, said, folder, side):
             made = said.get(metric, {}).get("made", "")
             if metric in entry:
                 print(f"  {metric:12} {entry[metric]:9.4f}   ({how}{'; the reference was made ' * bool(made)}{made})")
+        for name, (right, of, chance) in entry.get("nearest", {}).items():
+            print(f"  nearest {name} {100 * right / of:5.1f} %  ({right} of {of};  chance {100 * chance:.2f} %)")
         for name, (right, of) in entry.get("attributes", {}).items():
             percents = [f"{100 * entry[column][name][0] / max(of, 1):5.1f} %" for column in COLUMNS]
             print(f"  {name:12} {percents[0]}  ({right} of {of};  shapes {percents[1]}, chance {percents[2]})")
@@ -180,11 +195,18 @@ def print_results(entries, said, folder, side):
 
 def main():
     run = None if images else checkpoints.find(checkpoint)
-    sources = (captions,) if captions or images else tuple(prompts.SHAPES)
-    chosen = tuple(metrics) or (("attributes",) if sources[0] in prompts.SHAPES else (*DISTANCES, "clip_score"))
+    data = checkpoints.run_of(run).get("data", {}).get("settings", {}) if run else {}  # by which it was prepared
+    sources, font = (captions,), data.get("font", "")
+    if not (captions or images):
+        sources = prompts.SETS[data["source"] if data.get("source") in prompts.SETS else "shapes"]
+    chosen = tuple(metrics) or (("attributes",) if sources[0] in prompts.SHAPES else
+                                ("nearest",) if sources[0] in EMOJI else (*DISTANCES, "clip_score"))
     distances = [metric for metric in DISTANCES if metric in chosen]
-    prompt_lists = {source: prompts.choose(prompts.read_prompts(source, count), count)
-                    for source in sources if run or matched and captions}
+    prompt_lists = {}
+    for source in sources if run or matched and captions else ():
+        every = prompts.read_prompts(source, count, font)
+        few = min(prompts.FEW, len(every)) if source in EMOJI else 0
+        prompt_lists[source] = prompts.choose(every, count or few)
     check_settings(chosen, distances, sources)
     folder = prompts.scores_folder(
         out, images or (run.parent if run.stem.startswith("step_") else run.with_suffix("")))
@@ -195,21 +217,25 @@ def main():
     torch_device = pick_device(device)
     torch.backends.cudnn.allow_tf32 = False  # as for published numbers
     networks = {metric: load_inception(inception, torch_device, resize) if metric == "fid" else
-                Clip(CLIPS[metric], torch_device) for metric in chosen if metric != "attributes"}
+                Clip(CLIPS[metric], torch_device) for metric in chosen if metric not in ("attributes", "nearest")}
     if run:
         pipeline = load_pipeline(run, torch_device, vae=vae, text_encoder=text_encoder)
-        if not (captions or {*shapes.SIZES, "background"} <= {*pipeline.words}):
+        if not captions and sources[0] in prompts.SHAPES and not {*shapes.SIZES, "background"} <= {*pipeline.words}:
             raise ValueError(f"{run} was not trained on the built-in set: name prompts with --captions")
         sets = pictures_to_generate(pipeline, prompt_lists, folder)
     own_side = pipeline.size if run else min(open_image(sets[0].items[0][0]).size)
     side = resolution or own_side
+    texts = [prompt.caption for pictures in sets for _, prompt in pictures.items]
+    if "nearest" in chosen:
+        latents = nearest.Latents(pipeline.vae if run else load_vae(vae, torch_device), torch_device)
+        known = nearest.read_reference(reference or "emoji_all", texts, latents, side, batch_size, font)
+        networks["nearest"] = latents
     jobs = [job for pictures in sets for job in pictures.jobs()]
     protocol = {"images": images, "reference": reference, "matched": matched, "metrics": chosen, "resolution": side,
                 "networks": {metric: {"name": n.name, **n.about} for metric, n in networks.items()},
                 "guidance_scales": [pictures.scale for pictures in sets], "prompts_sha256": hash_of(jobs)}
     if run:
         protocol |= generated.describe(pipeline, jobs, steps=steps, sampler=sampler)
-    texts = [prompt.caption for pictures in sets for _, prompt in pictures.items]
     for encoder in (run and pipeline.text_encoder, networks.get("clip_score")) if processes.rank == 0 else ():
         warn_of_cut(encoder.longer(texts) if encoder else 0, encoder)
     if side > own_side:
@@ -230,8 +256,14 @@ def main():
         if real:
             statistics, said = load_reference(comparing, folder / "reference.npz", side)
         entries = [judge(pictures, *m, statistics) for pictures, m in zip(sets, measured)]
-        if "attributes" in chosen:
-            entries = [entry | attribute_scores(pictures, own_side, folder) for entry, pictures in zip(entries, sets)]
+        for entry, pictures, (rows, _) in zip(entries, sets, measured):
+            if pictures.source in prompts.OF_SETS:
+                save_grid(pictures, folder)
+            if "attributes" in chosen:
+                entry |= attribute_scores(pictures, own_side)
+            if "nearest" in chosen:
+                wanted = [prompt.caption for _, prompt in pictures.items]
+                entry["nearest"] = nearest.score(torch.from_numpy(rows["nearest"]), wanted, *known)
         protocol |= {"reference": said, "checkpoint": pipeline.name if run else None,
                      "software": {name: version(name) for name in ("torch", "pillow", "transformers")}}
         write_json(folder / "results.json", {"results": entries, "protocol": protocol})

@@ -11,7 +11,8 @@ from common.machine import exit_with_launcher
 from configurator import configure
 
 # What stands in parentheses is checked.
-source = "shapes"          # "shapes" (the built-in set), a folder of pictures, or archives (.tar, .tgz, .zip)
+source = "shapes"          # a folder of pictures, archives (.tar, .tgz, .zip), "shapes" (the built-in set), or "emoji"
+font = ""                  # file of the font that emoji are from; empty: this computer's
 captions = ""              # a table of captions by picture name, or an archive of texts; empty: beside each picture
 folder_captions = ""       # "a photo of a {}": the caption of pictures that have none, with the name of their folder
 out = "data/shapes"        # folder to write
@@ -49,21 +50,21 @@ from encoders import describe_vae, load_text_encoder, load_vae, warn_of_cut, wor
 from pictures.captions import caption_chooser
 from pictures.decode import Unusable, Workers, copies, decode_ahead
 from pictures.prepared import COPY, FORMAT, SHARD_SIZE, check_same_encoders, of_each_row, read_info, write_shard
-from pictures.sources import find_parts, fingerprint, limited, no_captions, shapes_parts
+from pictures.sources import BUILT_IN, find_parts, fingerprint, limited, no_captions, shapes_parts
 
 BATCH_SIZE = 64  # pictures encoded at once
 # Settings that earlier versions had or had not, with the values that this one goes on with
 FORMER = {"root": "", "scaling_factor": 0.0, "min_size": 0, "nsfw_scores": "", "first_seed": 0, "clean_captions": False,
-          "folder_captions": ""}
+          "folder_captions": "", "font": ""}
 RECORDS = r"\d{5,}(-\d{4,})?\.(done\.json|skipped\.jsonl)"  # which go at the end; the second is of earlier versions
 # what this script writes but dataset.json
 OURS = rf"{RECORDS}|\d{{5,}}(-\d{{4,}})?\.((latents\d+|captions|scales)\.npy|rows\.jsonl)|skipped\.jsonl"
 
 
 def main():
-    if source != "shapes" and Path(out).absolute() == Path(source).absolute():
+    if source not in BUILT_IN and Path(out).absolute() == Path(source).absolute():
         raise ValueError(f"out is the source, {source}: give another folder")
-    with closing(Workers(0 if workers < 0 and source == "shapes" else workers)) as pool:  # "shapes" needs no decoding
+    with closing(Workers(0 if workers < 0 and source in BUILT_IN else workers)) as pool:  # which need no decoding
         processes = join()
         unwritten = processes.from_first(set_up)
         if unwritten is not None:
@@ -86,8 +87,8 @@ def load_models():
 @functools.cache
 def open_source():
     """Return (all parts of the source, those that are used, the function that chooses captions)."""
-    builtin = source == "shapes"
-    parts = shapes_parts(limit or 20_000, max(resolutions), SHARD_SIZE) if builtin else find_parts(source, SHARD_SIZE)
+    parts = (shapes_parts(limit or 20_000, max(resolutions), SHARD_SIZE) if source == "shapes" else
+             find_parts(source, SHARD_SIZE, font))
     return parts, limited(parts, limit) if limit else parts, caption_chooser(captions, folder_captions)
 
 

@@ -11,7 +11,8 @@ them. It takes pictures of any size. A run goes on with the same command, a fini
 from configurator import configure
 
 # What stands in parentheses is checked.
-source = "shapes"           # "shapes", a folder of pictures or archives, as in prepare_latents.py
+source = "shapes"           # "shapes", "emoji", a folder of pictures or archives, as in prepare_latents.py
+font = ""                   # file of the font that emoji are from; empty: this computer's
 out = "runs/vae"            # run folder
 resolution = 64             # side of the square pictures, in pixels (>= 8)
 limit = 8000                # use the first so many pictures of the source; they are kept in memory (>= 2)
@@ -43,7 +44,7 @@ from common.processes import run_script, world_size
 from common.tensors import check_tensors, read_tensors, strip
 from encoders.tiny import TinyAutoencoder, config_for
 from pictures.decode import read_squares
-from pictures.sources import find_parts, fingerprint, shapes_parts
+from pictures.sources import BUILT_IN, find_parts, fingerprint, shapes_parts
 from training.batches import generator
 from training.checkpoint import save
 from training.log import Log
@@ -132,12 +133,13 @@ def main():
                          "one process: start it with python, not with torchrun")
     lock(out)
     file, state_file = Path(out) / "vae.safetensors", Path(out) / "state.safetensors"
-    parts = shapes_parts(limit, resolution, limit) if source == "shapes" else find_parts(source, limit)
+    parts = shapes_parts(limit, resolution, limit) if source == "shapes" else find_parts(source, limit, font)
     config = config_for(downsample, latent_channels, width)
     known = described(out, "vae.json", OURS) or {}  # refuses a folder of others before the pictures are read
     content = {} if "source_hash" in known else fingerprint(parts)  # that is of an earlier version
-    command = settings | {key: value for key, value in content.items() if not key.startswith("captions")}
-    images = torch.from_numpy(read_squares(parts, limit, resolution, workers=0 if source == "shapes" else -1))
+    command = {key: value for key, value in (settings | content).items()
+               if not key.startswith("captions") and (key, value) != ("font", "")}  # which earlier versions had not
+    images = torch.from_numpy(read_squares(parts, limit, resolution, workers=0 if source in BUILT_IN else -1))
     held = torch.arange(len(images)) % max(100, len(images) // MOST_HELD) == 0  # of all classes of a sorted source
     images, held = images[~held], images[held]
     claim(out, "vae.json", OURS, command)

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from pictures import shapes
+from pictures import emoji, shapes
 from pictures.archives import ARCHIVES, members
 from pictures.captions import TEXTS, beside, caption_among, plain, stem
 from pictures.decode import Unusable
@@ -24,6 +24,8 @@ from pictures.decode import Unusable
 PICTURES = (".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 UNREAD = (".heic", ".heif", ".hif", ".jxl", ".jp2", ".svg", ".psd", ".tga", ".dng", ".cr2", ".cr3", ".nef", ".arw")
 MOST_BYTES = 2 ** 28  # of a file in an archive: nothing harmless is larger
+EMOJI = {"emoji": False, "emoji_unseen": True, "emoji_all": None}  # are they held out of training?
+BUILT_IN = ("shapes", *EMOJI)
 WAITING = 2 ** 28, 2 ** 18  # bytes in memory, and number of pictures, that wait for their captions in an archive
 
 
@@ -43,8 +45,12 @@ class Part:
             yield name, picture, caption
 
 
-def find_parts(source, piece):
-    """Return the parts of a source, at most `piece` pictures of a folder in each."""
+def find_parts(source, piece, font=""):
+    """Return the parts of a source, at most `piece` pictures of a folder in each. font: of emoji."""
+    if source in EMOJI:
+        file = Path(emoji.open_font(font).path)
+        named = [(emoji.label(text), (file, ())) for text in emoji.texts(font, EMOJI[source])]
+        return pieces(named, piece, lambda label, _: (label, *emoji.entry(label, font)))
     names = [source] if Path(source).exists() else expanded(source)
     found = [[name] if Path(name).exists() else sorted(glob.glob(name, recursive=True)) for name in names]
     if [] in found and any(found):
@@ -58,8 +64,8 @@ def find_parts(source, piece):
         if not paths and (pictures := sorted(pictures_below(folder))):
             return pieces([(str(file[0].relative_to(folder)), file) for file in pictures], piece, entry_of_file)
     if not paths or not all(map(is_archive, paths)):
-        raise ValueError(f"no source {source}: give 'shapes', a folder of pictures ({', '.join(PICTURES)}), or "
-                         f"archives ({', '.join(ARCHIVES)})")
+        raise ValueError(f"no source {source}: give 'shapes', 'emoji', a folder of pictures ({', '.join(PICTURES)}), "
+                         f"or archives ({', '.join(ARCHIVES)})")
     above = os.path.commonpath([p.absolute().parent for p in paths])
     labels = [str(p.absolute().relative_to(above)) for p in paths]
     return [Part((label,), functools.partial(entries_of_archive, path, label), archive=path)

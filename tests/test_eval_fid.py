@@ -173,6 +173,22 @@ def test_the_built_in_set_is_scored_beside_its_own_pictures_and_chance(script, e
         assert (tmp_path / "scores/run" / f"{entry['captions']}_guidance_5.png").exists()
 
 
+def test_pictures_of_a_set_are_nearest_to_themselves(models, evaluate, tmp_path):
+    """And those with the captions of others are not"""
+    draw(tmp_path / "set", 7)
+    shuffled = "\n".join(CAPTIONS[1:] + CAPTIONS[:1])
+    for path, caption in zip(sorted((tmp_path / "set").iterdir()), CAPTIONS):
+        path.with_suffix(".txt").write_text(caption)
+    (tmp_path / "shuffled.txt").write_text(shuffled)
+    near = {"metrics": ("nearest",), "reference": tmp_path / "set"}
+    for captions, right in ((tmp_path / "set", 7), (tmp_path / "shuffled.txt", 0)):
+        own = {"images": models / "made", "vae": "pixels", "captions": captions, "out": tmp_path / f"out{right}"}
+        (entry,) = evaluate(**near, **own)["results"]
+        assert entry["nearest"]["top 1"] == [right, 7, pytest.approx(1 / 7)] and "fid" not in entry
+    (drawn,) = evaluate(checkpoint=RUN, captions=tmp_path / "set", count=3, **near)["results"]
+    assert drawn["nearest"]["top 5"][1] == 3
+
+
 def test_two_processes_find_what_one_does(models, evaluate, tmp_path):
     settings = {"checkpoint": RUN, "captions": models / "captions.txt", "reference": models / "real",
                 "metrics": ("clip_fid", "clip_score"), "guidance_scales": (1.0, 2.0), "steps": 3, "batch_size": 2}
@@ -208,6 +224,9 @@ def test_what_is_refused_changes_nothing(models, evaluate, tmp_path, monkeypatch
             (own | {"captions": pipe}, "pipe.txt: there is no such file"),
             (run | {"load_pipeline": lambda *args, **how: of_others}, "was not trained on the built-in set"),
             ({"checkpoint": "nowhere"}, "no checkpoint nowhere"),
+            (run | {"captions": models / "captions.txt", "metrics": ("nearest",)}, "nearest needs a --reference"),
+            (made | {"metrics": ("nearest",), "reference": models / "real"}, "nearest with --images needs a --vae"),
+            (run | real | {"captions": models / "captions.txt", "metrics": ("nearest",)}, "no picture for 7 of the"),
             (made, "need a --reference"), (made | {"metrics": ("attributes",)}, "for the built-in set"),
             (made | {"reference": pipe}, "pipe.txt' is none"), (made | fid | real | {"matched": True}, "matched needs"),
             (made | fid | real | {"matched": True, "captions": named}, "1 of .*real/other.jpg"),

@@ -87,10 +87,11 @@ def read_checkpoint(path, prefixes=()):
     return run, tensors
 
 
-def id_of(path):
-    """Return the id of the run that a checkpoint is of; None if it cannot be read or is of an earlier version."""
+def run_of(path):
+    """Return what a checkpoint says of its run; {} if it cannot be read or is the released network's."""
     with contextlib.suppress(ValueError, OSError):
-        return read_checkpoint(path)[0].get("id")
+        return read_checkpoint(path)[0]
+    return {}
 
 
 def newest_readable(folder):

@@ -47,7 +47,7 @@ class State:
         checkpoint.save(checkpoint.step_path(folder, self.step), tensors, self.run | {"step": self.step})
         older = [path for path in checkpoint.steps_of(folder) if checkpoint.step_of(path) <= self.step]
         for path in older[:-keep]:
-            if checkpoint.id_of(path) == self.run["id"]:
+            if checkpoint.run_of(path).get("id") == self.run["id"]:
                 path.unlink()
 
     def load(self, path):
