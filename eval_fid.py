@@ -4,7 +4,7 @@ one of emoji, or another small set, by whether what it draws is nearest to the r
 OUT/results.json has the numbers and what they depend on: docs/evaluation.md explains them.
 
     python eval_fid.py                                    # the newest run, if it was trained on `shapes` or `emoji`
-    python eval_fid.py --checkpoint runs/NAME --metrics nearest --captions photos/ --reference photos/
+    python eval_fid.py --checkpoint runs/NAME --metrics nearest --reference photos/  # of a small set, by its captions
     python eval_fid.py --checkpoint runs/NAME --captions captions_val2014.json --reference val2014 --count 30000
     torchrun --nproc_per_node=8 eval_fid.py ... --guidance_scales 1.5 2 3 5  # a curve, and the work on eight GPUs
     python eval_fid.py --images pictures --captions prompts.txt --reference val2014.npz
@@ -199,6 +199,7 @@ def main():
     sources, font = (captions,), data.get("font", "")
     if not (captions or images):
         sources = prompts.SETS[data["source"] if data.get("source") in prompts.SETS else "shapes"]
+        sources = (reference,) if "nearest" in metrics and reference else sources
     chosen = tuple(metrics) or (("attributes",) if sources[0] in prompts.SHAPES else
                                 ("nearest",) if sources[0] in EMOJI else (*DISTANCES, "clip_score"))
     distances = [metric for metric in DISTANCES if metric in chosen]
