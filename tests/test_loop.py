@@ -194,6 +194,28 @@ def test_experts_are_matrices_of_their_own_and_convolutions_are_one(run):
     assert "mixer.0.neighbours.conv.weight" in rest and {"mixer.0.attn.qkv.weight", "blocks.0.mlp.w1"} <= {*matrices}
 
 
+@pytest.mark.parametrize("name, parts", [
+    ("mixer.0.attn.qkv.weight", 3), ("blocks.1.cross_attn.kv.weight", 2), ("caption_block.attn.qkv.weight", 3),
+    ("blocks.0.cross_attn.q.weight", 1), ("blocks.1.attn.proj.weight", 1)])
+def test_a_fused_matrix_moves_as_its_parts_would(run, name, parts):
+    state, g = run(0, optimizer="muon"), torch.Generator().manual_seed(0)
+    weight = dict(state.net.named_parameters())[name]
+    pieces = [list(torch.randn(weight.shape, generator=g).chunk(parts)) for _ in range(4)]
+    before, lr = weight.detach().clone(), 0.02
+    for grads in pieces:
+        weight.grad = torch.cat(grads)
+        state.optimizer.step(lr, torch.tensor(1.0))
+    alone = [torch.nn.Parameter(part.clone()) for part in before.chunk(parts)]
+    group = state.optimizer.parts[1][0].param_groups[0]
+    muon = Muon(alone, lr, group["weight_decay"], group["momentum"])
+    for grads in pieces:
+        for p, grad in zip(alone, grads):
+            p.grad = grad.clone()
+        muon.step()
+    torch.testing.assert_close(weight.detach(), torch.cat([p.detach() for p in alone]))
+    assert (weight - before).norm() > 0.1
+
+
 def test_learning_rate_schedules(monkeypatch):
     def rates(schedule):
         for name, value in {"learning_rate": 1.0, "warmup_steps": 4, "max_steps": 20, "min_learning_rate": 0.1,

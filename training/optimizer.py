@@ -1,21 +1,25 @@
 """
 The optimizers' step and the moving average of the weights. If a gradient is not finite, neither of them changes, which
 is decided on the device. Muon (Jordan et al. 2024) makes the update of each matrix orthogonal. Other than torch's, this
-one takes all matrices of a shape as one batch, and the experts' three-dimensional weights.
+one takes all matrices of a shape as one batch, the experts' three-dimensional weights, and fused matrices apart.
 """
 import copy
 
 import torch
 
+FUSED = {".qkv.": 3, ".kv.": 2}  # parts of names, and how many matrices such a weight holds, one below the other
+
 
 class Muon(torch.optim.Optimizer):
     """Takes params of shape (..., rows, columns), or of convolutions, (O,I,h,w), as matrices of O rows.
 
-    Updates suit AdamW's lr and weight_decay. As in its fused form, nothing changes while found_inf is true.
+    pieces: how many matrices each of params holds; empty: one. Updates suit AdamW's lr and weight_decay. Nothing
+    changes while found_inf is true, as in the fused AdamW.
     """
 
-    def __init__(self, params, lr, weight_decay=0.0, momentum=0.95):
+    def __init__(self, params, lr, weight_decay=0.0, momentum=0.95, pieces=()):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.pieces = pieces or [1] * len(params)
         self.found_inf = torch.zeros((), device=self.param_groups[0]["params"][0].device)
 
     @torch.no_grad()
@@ -24,9 +28,10 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             lr, by_shape = group["lr"], {}
             kept = torch.where(bad, 1.0, 1 - lr * group["weight_decay"])
-            for p in group["params"]:
+            for p, pieces in zip(group["params"], self.pieces, strict=True):
                 if p.grad is not None:
-                    by_shape.setdefault((p.shape[0], p[0].numel()) if p.ndim == 4 else p.shape[-2:], []).append(p)
+                    rows, columns = (p.shape[0], p[0].numel()) if p.ndim == 4 else p.shape[-2:]
+                    by_shape.setdefault((rows // pieces, columns), []).append(p)
             for (rows, columns), params in by_shape.items():
                 stacked = torch.cat([self.momentum(p, group["momentum"], bad).reshape(-1, rows, columns)
                                      for p in params])
@@ -76,7 +81,8 @@ class Optimizer:
                                   fused=self.device.type != "mps")
         self.parts = [(adamw, rest)]  # [(optimizer, names of its parameters)]
         if matrices:
-            self.parts.append((Muon([named[n] for n in matrices], lr, weight_decay, momentum), matrices))
+            pieces = [next((k for part, k in FUSED.items() if part in n), 1) for n in matrices]
+            self.parts.append((Muon([named[n] for n in matrices], lr, weight_decay, momentum, pieces), matrices))
         self.skipped, self.skipped_in_a_row = torch.zeros(2, dtype=torch.int64, device=self.device)
 
     def step(self, lr, grad_norm, zero_in_place=False):
