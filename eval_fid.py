@@ -29,6 +29,7 @@ inception = ""             # file of weights; empty: the published ones (96 MB);
 guidance_scales = (-1.0,)  # one or more, each judged by itself; -1: as the run does (>= -1)
 steps = 30                 # sampler steps (>= 1)
 sampler = "heun"           # (heun | dpmpp_2m)
+font = ""                  # file of the font of emoji; empty: that of the run, or this computer's
 vae = ""                   # autoencoder, for nearest also with --images; empty: that of the checkpoint
 text_encoder = ""          # text encoder; empty: the one that the checkpoint was trained with
 batch_size = 32            # pictures generated at once, and shown to Inception and CLIP at once (>= 1)
@@ -56,8 +57,9 @@ from evaluation import features, frechet, nearest, prompts
 from evaluation.clip import Clip
 from evaluation.inception import load_inception
 from pictures import shapes
+from pictures.captions import TABLES, caption_chooser
 from pictures.decode import load_picture
-from pictures.sources import EMOJI
+from pictures.sources import EMOJI, find_parts, fingerprint
 from sampling import generated
 from sampling.pipeline import load as load_pipeline
 from training import checkpoint as checkpoints
@@ -88,6 +90,7 @@ def check_settings(chosen, distances, sources):
     for refused, message in (
             ("nearest" in chosen and not (reference or sources[0] in EMOJI), "nearest needs a --reference of pictures"),
             ("nearest" in chosen and images and not vae, "nearest with --images needs a --vae"),
+            (images and captions in EMOJI, f"leave --captions {captions} out: the prompts are inside the pictures"),
             ("attributes" in chosen and not set(sources) <= set(prompts.SHAPES),
              "the metric attributes is for the built-in set: --captions shapes"),
             (images and (checkpoint or count or tuple(guidance_scales) != (-1.0,)),
@@ -98,6 +101,15 @@ def check_settings(chosen, distances, sources):
              "matched needs a --reference folder, and --captions that name its pictures")):
         if refused:
             raise ValueError(message)
+
+
+def choose_prompts(source, of_emoji, limit):
+    """Return the Prompts of a source; of emoji those that were trained on, and as many as there are."""
+    every = prompts.read_prompts(source, count, of_emoji)
+    if source not in EMOJI:
+        return prompts.choose(every, count)
+    every = every[:source == "emoji" and limit or None]
+    return prompts.choose(every, min(count or prompts.FEW, len(every)))
 
 
 def existing_pictures(chosen):
@@ -111,6 +123,8 @@ def pictures_to_generate(pipeline, prompt_lists, folder):
     """Return the Pictures of all prompts at each guidance scale."""
     sets = []
     for source, wanted in prompt_lists.items():
+        if not wanted:
+            continue  # a font without skin tones
         for scale in (s if s >= 0 else pipeline.guidance_scale for s in guidance_scales):
             name = f"{source}/guidance_{scale:g}" if source in prompts.OF_SETS else f"guidance_{scale:g}"
             items = [(folder / name / f"{i:05d}.png", prompt) for i, prompt in enumerate(wanted)]
@@ -195,20 +209,22 @@ def print_results(entries, said, folder, side):
 
 def main():
     run = None if images else checkpoints.find(checkpoint)
-    data = checkpoints.run_of(run).get("data", {}).get("settings", {}) if run else {}  # by which it was prepared
-    sources, font = (captions,), data.get("font", "")
+    trained_on = checkpoints.run_of(run).get("data", {}) if run else {}
+    data = trained_on.get("settings", {})  # by which it was prepared
+    sources, of_emoji = (captions,), font or data.get("font", "")
+    by_reference = "nearest" in metrics and reference and not (captions or images)  # whose captions are the prompts
     if not (captions or images):
         sources = prompts.SETS[data["source"] if data.get("source") in prompts.SETS else "shapes"]
-        sources = (reference,) if "nearest" in metrics and reference else sources
+        sources = (reference,) if by_reference else sources
     chosen = tuple(metrics) or (("attributes",) if sources[0] in prompts.SHAPES else
                                 ("nearest",) if sources[0] in EMOJI else (*DISTANCES, "clip_score"))
     distances = [metric for metric in DISTANCES if metric in chosen]
-    prompt_lists = {}
-    for source in sources if run or matched and captions else ():
-        every = prompts.read_prompts(source, count, font)
-        few = min(prompts.FEW, len(every)) if source in EMOJI else 0
-        prompt_lists[source] = prompts.choose(every, count or few)
+    asked = sources if (run or matched and captions) and not by_reference else ()
+    prompt_lists = {source: choose_prompts(source, of_emoji, data.get("limit")) for source in asked}
     check_settings(chosen, distances, sources)
+    if sources[0] in EMOJI and data.get("source") in EMOJI and trained_on["source_hash"] != hash_of(
+            fingerprint(find_parts(data["source"], 4096, of_emoji)) | {"times in the source": ""}):
+        raise ValueError(f"this font of emoji is not the one that {run} was trained on: give that with --font")
     folder = prompts.scores_folder(
         out, images or (run.parent if run.stem.startswith("step_") else run.with_suffix("")))
     sets = [existing_pictures(chosen)] if images else []
@@ -223,14 +239,25 @@ def main():
         pipeline = load_pipeline(run, torch_device, vae=vae, text_encoder=text_encoder)
         if not captions and sources[0] in prompts.SHAPES and not {*shapes.SIZES, "background"} <= {*pipeline.words}:
             raise ValueError(f"{run} was not trained on the built-in set: name prompts with --captions")
-        sets = pictures_to_generate(pipeline, prompt_lists, folder)
     own_side = pipeline.size if run else min(open_image(sets[0].items[0][0]).size)
     side = resolution or own_side
-    texts = [prompt.caption for pictures in sets for _, prompt in pictures.items]
+    if side > own_side:
+        raise ValueError(f"resolution is {side}, and the pictures have {own_side} px")
     if "nearest" in chosen:
         latents = nearest.Latents(pipeline.vae if run else load_vae(vae, torch_device), torch_device)
-        known = nearest.read_reference(reference or "emoji_all", texts, latents, side, batch_size, font)
+        table = captions if captions.lower().endswith(TABLES) else ""
+        choose, real_ones = caption_chooser(table, data.get("folder_captions", "")), reference or "emoji_all"
+        known = nearest.read_reference(real_ones, choose, latents, side, of_emoji if real_ones in EMOJI else "")
+        latents.about |= {"pictures": len(known[0]), "captions_sha256": hash_of(known[0]),
+                          "pictures_sha256": hashlib.sha256(known[1].numpy().tobytes()).hexdigest()}
         networks["nearest"] = latents
+        if by_reference:
+            prompt_lists[reference] = prompts.choose([prompts.Prompt(caption) for caption in known[0]], count)
+    sets = pictures_to_generate(pipeline, prompt_lists, folder) if run else sets
+    texts = [prompt.caption for pictures in sets for _, prompt in pictures.items]
+    if missing := "nearest" in chosen and {*texts} - {*known[0]}:
+        raise ValueError(f"{reference or 'emoji_all'} has no picture for {len(missing):,} of the prompts, as "
+                         f"'{min(missing)}'")
     jobs = [job for pictures in sets for job in pictures.jobs()]
     protocol = {"images": images, "reference": reference, "matched": matched, "metrics": chosen, "resolution": side,
                 "networks": {metric: {"name": n.name, **n.about} for metric, n in networks.items()},
@@ -239,8 +266,6 @@ def main():
         protocol |= generated.describe(pipeline, jobs, steps=steps, sampler=sampler)
     for encoder in (run and pipeline.text_encoder, networks.get("clip_score")) if processes.rank == 0 else ():
         warn_of_cut(encoder.longer(texts) if encoder else 0, encoder)
-    if side > own_side:
-        raise ValueError(f"resolution is {side}, and the pictures have {own_side} px")
     comparing = {metric: networks[metric] for metric in distances}
     if not real:
         statistics, said = load_reference(comparing, Path(reference), side)

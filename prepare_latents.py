@@ -87,7 +87,7 @@ def load_models():
 @functools.cache
 def open_source():
     """Return (all parts of the source, those that are used, the function that chooses captions)."""
-    parts = (shapes_parts(limit or 20_000, max(resolutions), SHARD_SIZE) if source == "shapes" else
+    parts = (shapes_parts(limit or 20_000, max(resolutions), SHARD_SIZE) if source == "shapes" and not font else
              find_parts(source, SHARD_SIZE, font))
     return parts, limited(parts, limit) if limit else parts, caption_chooser(captions, folder_captions)
 

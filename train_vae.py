@@ -133,7 +133,8 @@ def main():
                          "one process: start it with python, not with torchrun")
     lock(out)
     file, state_file = Path(out) / "vae.safetensors", Path(out) / "state.safetensors"
-    parts = shapes_parts(limit, resolution, limit) if source == "shapes" else find_parts(source, limit, font)
+    builtin = source == "shapes" and not font
+    parts = shapes_parts(limit, resolution, limit) if builtin else find_parts(source, limit, font)
     config = config_for(downsample, latent_channels, width)
     known = described(out, "vae.json", OURS) or {}  # refuses a folder of others before the pictures are read
     content = {} if "source_hash" in known else fingerprint(parts)  # that is of an earlier version

@@ -2,13 +2,16 @@
 Nearest pictures: is what a network draws nearer to the picture that was meant than to all others of a small set? The
 distance is that between an autoencoder's latents, so nothing is downloaded.
 """
+import itertools
+import math
+
 import numpy as np
 import torch
 
 from pictures.decode import Unusable, squares
 from pictures.sources import find_parts
 
-RANKS = (1, 5)
+RANKS = (1, 5)  # of at least so many pictures
 
 
 class Latents:
@@ -25,16 +28,25 @@ class Latents:
         return self.vae.encode(torch.stack(prepared).to(self.device)).flatten(1).float()
 
 
-def read_reference(source, wanted, latents, side, batch_size, font=""):
-    """Return (captions, their pictures' latents (N,D)) of a source; ValueError if a wanted caption is not there."""
-    entries = (entry for part in find_parts(source, batch_size, font) for entry in part.entries())
-    found = [(caption.strip(), squares(picture, (side,))) for _, picture, caption in entries if caption]
-    found = [(caption, picture[2][0]) for caption, picture in found if not isinstance(picture, Unusable)]
-    if missing := {*wanted} - {caption for caption, _ in found}:
-        raise ValueError(f"{source} has no picture for {len(missing):,} of the prompts, as '{min(missing)}'")
-    rows = [latents.image([latents.prepare(picture) for _, picture in found[i:i + batch_size]]).cpu()
-            for i in range(0, len(found), batch_size)]
-    return [caption for caption, _ in found], torch.cat(rows)
+def read_reference(source, choose, latents, side, font=""):
+    """Return (captions, their pictures' latents (N,D)) of a source; choose: as caption_chooser() gives it."""
+    if side % latents.vae.downsample:
+        raise ValueError(f"{side} px do not suit the autoencoder: give a --resolution that is a multiple of "
+                         f"{latents.vae.downsample}")
+    captions, rows, unusable = [], [], []
+    for part in find_parts(source, 4096, font):
+        for name, picture, caption in itertools.starmap(choose, part.entries()):
+            picture = squares(picture, (side,)) if caption else Unusable("no caption")
+            if isinstance(picture, Unusable):
+                unusable.append(f"{name}: {picture}")
+            else:
+                captions.append(caption.strip())
+                rows.append(latents.image([latents.prepare(picture[2][0])]).cpu())
+    if unusable:
+        print(f"of {source} {len(unusable):,} pictures are left out, as {unusable[0]}")
+    if not rows:
+        raise ValueError(f"{source} has no picture with a caption")
+    return captions, torch.cat(rows)
 
 
 def score(rows, wanted, captions, reference):
@@ -46,8 +58,9 @@ def score(rows, wanted, captions, reference):
     places = {}
     for i, caption in enumerate(captions):
         places.setdefault(caption, set()).add(i)
-    order = torch.cdist(rows, reference).argsort(1)
-    shares = np.array([len(places[caption]) / len(captions) for caption in wanted])
-    return {f"top {k}": (sum(not places[caption].isdisjoint(nearest) for caption, nearest in
-                             zip(wanted, order[:, :k].tolist())), len(wanted), (1 - (1 - shares) ** k).mean().item())
-            for k in RANKS}
+    scores, order = {}, torch.cdist(rows, reference).argsort(1)
+    for k in RANKS:
+        right = sum(not places[caption].isdisjoint(nearest) for caption, nearest in zip(wanted, order[:, :k].tolist()))
+        none = [math.comb(len(captions) - len(places[caption]), k) / math.comb(len(captions), k) for caption in wanted]
+        scores[f"top {k}"] = right, len(wanted), 1 - sum(none) / len(none)
+    return scores

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from common.files import read_bytes, reading
 from common.images import open_image
-from pictures import captions, shapes
+from pictures import captions, emoji, shapes
 from pictures.sources import EMOJI, UNREAD, find_parts, pictures_below
 
 SHAPES = {"shapes": False, "shapes_unseen": True}  # kinds of the built-in set: are its pairs held out of training?
-SETS = {"shapes": tuple(SHAPES), "emoji": ("emoji", "emoji_unseen")}  # what a network of each is judged by
+SETS = {"shapes": tuple(SHAPES), "emoji": ("emoji", "emoji_unseen"),  # what a network of each is judged by
+        "emoji_all": ("emoji_all",)}
 OF_SETS, FEW = sum(SETS.values(), ()), 256  # number of prompts where none is given
 FIRST_SCENE = 10_000_000  # no training set uses the seeds from here on
 
@@ -37,10 +38,12 @@ def read_prompts(source, count=0, font=""):
     if source in SHAPES:
         scenes = [shapes.scene(FIRST_SCENE + i, SHAPES[source]) for i in range(count or FEW)]
         return [Prompt(caption, attributes=attributes) for _, caption, attributes in scenes]
-    if Path(source).is_dir() or source in EMOJI or source.lower().endswith(captions.ARCHIVES):
-        if source not in EMOJI and Path(source).is_dir() and not any(pictures_below(source)):  # as DPG-Bench has them
+    if source in EMOJI:
+        return [Prompt(emoji.name(text), emoji.label(text)) for text in emoji.texts(font, EMOJI[source])]
+    if Path(source).is_dir() or source.lower().endswith(captions.ARCHIVES):
+        if Path(source).is_dir() and not any(pictures_below(source)):  # as DPG-Bench has its prompts
             return [Prompt(captions.decoded(path.read_bytes()).strip()) for path in sorted(Path(source).rglob("*.txt"))]
-        entries = (entry for part in find_parts(source, 4096, font) for entry in part.entries())
+        entries = (entry for part in find_parts(source, 4096) for entry in part.entries())
         if found := [Prompt(caption.strip(), name) for name, _, caption in entries if (caption or "").strip()]:
             return found
     if not source.lower().endswith((".txt", *captions.TABLES)):

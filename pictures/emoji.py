@@ -9,11 +9,12 @@ Skin tones are a test of composition: of the emoji that have all five, a tenth o
 import contextlib
 import hashlib
 import re
+import sys
 import unicodedata
 from functools import cache
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, features
 
 FONTS = ("NotoColorEmoji.ttf", "Apple Color Emoji.ttc", "seguiemj.ttf")  # Pillow looks where each system has its fonts
 SIZES = (109, 160, 136, 128, 96, 64)  # of the pictures in such a font, which has one or a few; drawn ones have any
@@ -43,16 +44,20 @@ def open_font(font=""):
 def texts(font="", held_out=False):
     """Return the emoji that the font has a picture of, each once: those to train on, those held out, or with None all.
 
-    ValueError if there are none.
+    Which are held out depends on nothing but the emoji. ValueError if the font has none at all.
     """
-    known = known_to(font)
-    toned = sorted((t for t in known if t[-1] in TONES), key=lambda text: hashlib.sha256(text.encode()).digest())
-    left_out = set(toned[:len(toned) // 10])
-    return [text for text in known if held_out is None or (text in left_out) == held_out]
+    return [text for text in known_to(font) if held_out is None or is_held_out(text) == held_out]
+
+
+def is_held_out(text):
+    return text[-1] in TONES and int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) < 0.1 * 2 ** 32
 
 
 @cache
 def known_to(font):
+    if not features.check("raqm"):
+        print("warning: Pillow finds no raqm, so no skin tones or other sequences are there: install FriBiDi "
+              "(apt install libfribidi0)", file=sys.stderr)
     known = {}  # by what they look like
     for text in candidates(font):
         pixels = np.asarray(draw(text, font, INK))
@@ -87,10 +92,9 @@ def has_picture(font, text):
 
 def name(text):
     """Return the name of an emoji in lower case, as "waving hand, medium skin tone"."""
-    parts = [f"{TONES[c]} skin tone" if c in TONES else
-             re.sub(r"^emoji component | (sign|symbol)$", "", unicodedata.name(c).lower())
+    parts = [f"{TONES[c]} skin tone" if c in TONES else unicodedata.name(c).lower().removeprefix("emoji component ")
              for c in text if c not in (JOINER, AS_PICTURE)]
-    return ", ".join(parts)
+    return ", ".join(re.sub(" sign$", "", part) for part in parts) if len(parts) > 1 else parts[0]
 
 
 def label(text):

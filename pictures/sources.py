@@ -46,10 +46,14 @@ class Part:
 
 
 def find_parts(source, piece, font=""):
-    """Return the parts of a source, at most `piece` pictures of a folder in each. font: of emoji."""
+    """Return the parts of a source, at most `piece` pictures of a folder in each. font: of emoji alone."""
+    if font and source not in EMOJI:
+        raise ValueError(f"--font is for --source emoji, not for {source}")
     if source in EMOJI:
         file = Path(emoji.open_font(font).path)
         named = [(emoji.label(text), (file, ())) for text in emoji.texts(font, EMOJI[source])]
+        if not named:
+            raise ValueError(f"{file} has no emoji with skin tones, so none is in {source}")
         return pieces(named, piece, lambda label, _: (label, *emoji.entry(label, font)))
     names = [source] if Path(source).exists() else expanded(source)
     found = [[name] if Path(name).exists() else sorted(glob.glob(name, recursive=True)) for name in names]

@@ -185,6 +185,8 @@ def test_pictures_of_a_set_are_nearest_to_themselves(models, evaluate, tmp_path)
         own = {"images": models / "made", "vae": "pixels", "captions": captions, "out": tmp_path / f"out{right}"}
         (entry,) = evaluate(**near, **own)["results"]
         assert entry["nearest"]["top 1"] == [right, 7, pytest.approx(1 / 7)] and "fid" not in entry
+    (tmp_path / "set/none.jpg").write_bytes(b"")
+    (tmp_path / "set/none.txt").write_text("a damaged one, which is left out")
     (drawn,) = evaluate(checkpoint=RUN, count=3, **near)["results"]  # by the captions of the reference
     assert drawn["nearest"]["top 5"][1] == 3
 
@@ -203,7 +205,7 @@ def test_what_is_refused_changes_nothing(models, evaluate, tmp_path, monkeypatch
     """Nothing is generated, and nothing in the folder changes, before all that can be refused is."""
     run, made, real = {"checkpoint": RUN}, {"images": models / "made"}, {"reference": models / "real"}
     score, fid = {"metrics": ("clip_score",)}, {"metrics": ("fid",)}
-    own = run | score | {"captions": models / "captions.txt"}
+    own, near = run | score | {"captions": models / "captions.txt"}, {"metrics": ("nearest",), "vae": "pixels"}
     evaluate(**own)
     frechet.save_statistics(tmp_path / "wide.clip.npz", np.zeros(20), np.eye(20), {})
     (tmp_path / "wide.npz").touch()
@@ -226,7 +228,10 @@ def test_what_is_refused_changes_nothing(models, evaluate, tmp_path, monkeypatch
             ({"checkpoint": "nowhere"}, "no checkpoint nowhere"),
             (run | {"captions": models / "captions.txt", "metrics": ("nearest",)}, "nearest needs a --reference"),
             (made | {"metrics": ("nearest",), "reference": models / "real"}, "nearest with --images needs a --vae"),
-            (run | real | {"captions": models / "captions.txt", "metrics": ("nearest",)}, "no picture for 7 of the"),
+            (run | real | near | {"captions": models / "captions.txt"}, "has no picture with a caption"),
+            (run | {"metrics": ("nearest",), "reference": "nowhere"}, "no source nowhere"),
+            (made | near | {"captions": "emoji"}, "leave --captions emoji out"),
+            (made | near | real | {"resolution": 11, "captions": models / "captions.txt"}, "that is a multiple of 2"),
             (made, "need a --reference"), (made | {"metrics": ("attributes",)}, "for the built-in set"),
             (made | {"reference": pipe}, "pipe.txt' is none"), (made | fid | real | {"matched": True}, "matched needs"),
             (made | fid | real | {"matched": True, "captions": named}, "1 of .*real/other.jpg"),
