@@ -11,7 +11,7 @@ import torch
 from pictures.decode import Unusable, squares
 from pictures.sources import find_parts
 
-RANKS = (1, 5)  # of at least so many pictures
+RANKS = (1, 5)
 
 
 class Latents:
@@ -61,6 +61,7 @@ def score(rows, wanted, captions, reference):
     scores, order = {}, torch.cdist(rows, reference).argsort(1)
     for k in RANKS:
         right = sum(not places[caption].isdisjoint(nearest) for caption, nearest in zip(wanted, order[:, :k].tolist()))
-        none = [math.comb(len(captions) - len(places[caption]), k) / math.comb(len(captions), k) for caption in wanted]
+        n, k_there = len(captions), min(k, len(captions))
+        none = [math.comb(n - len(places[caption]), k_there) / math.comb(n, k_there) for caption in wanted]
         scores[f"top {k}"] = right, len(wanted), 1 - sum(none) / len(none)
     return scores

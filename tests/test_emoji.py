@@ -124,3 +124,8 @@ def test_the_nearest_are_counted(drawn, wanted, right):
     for k, of_both in zip((1, 5), zip(*chances)):
         expected = sum(of_both[captions.count(caption) - 1] for caption in wanted) / 2
         assert scores[f"top {k}"][2] == pytest.approx(expected)
+
+
+def test_fewer_pictures_than_the_nearest_five_are_all_near():
+    scores = nearest.score(torch.zeros(1, 2), ["b"], ["a", "b"], torch.eye(2))
+    assert scores["top 5"] == (1, 1, 1) and scores["top 1"][2] == 0.5
