@@ -32,16 +32,16 @@ RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": 
 HELD_OUT = (("red", "triangle"), ("orange", "bar"), ("yellow", "circle"), ("green", "cross"), ("blue", "ring"),
             ("purple", "square"))
 PAIRS = tuple((color, shape) for color in COLORS for shape in SHAPES if (color, shape) not in HELD_OUT)
-TWO_OBJECTS = 0.3  # share of the scenes
+TWO_OBJECTS, TRAINING_TWO_OBJECTS = 0.3, 0.6  # share of the scenes; training has more, to learn relations in time
 MARGIN, GAP = 0.03, 0.1  # objects keep this far from the border, and from each other
 SUPERSAMPLE = 8  # antialiasing: points per pixel and axis
 
 
-def scene(seed, held_out=False, size=32):
+def scene(seed, held_out=False, size=32, two_objects=TWO_OBJECTS):
     """Return (PIL image, caption, attributes) of a seed; held_out: every object is a HELD_OUT pair."""
     rng = random.Random(seed)  # random() is the one method whose sequence Python promises to keep across versions
     objects, relation = [draw_object(rng, held_out)], None
-    if rng.random() < TWO_OBJECTS:
+    if rng.random() < two_objects:
         relation = pick(rng, tuple(RELATIONS))
         first, second = objects[0], objects[0]
         while first["color"] == second["color"] or first["size"] == second["size"] == "large":  # no room for those

@@ -79,7 +79,8 @@ def find_parts(source, piece, font=""):
 def shapes_parts(count, size, piece):
     """Return the parts of the built-in set: the scene of each seed below `count`."""
     named = [(f"shapes/{seed}", ()) for seed in range(count)]
-    return pieces(named, piece, lambda name, _: (name, *shapes.scene(int(name[7:]), size=size)[:2]))
+    return pieces(named, piece, lambda name, _: (name, *shapes.scene(
+        int(name[7:]), size=size, two_objects=shapes.TRAINING_TWO_OBJECTS)[:2]))
 
 
 def pieces(named, piece, read):

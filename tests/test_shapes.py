@@ -4,6 +4,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from pictures import shapes
+from pictures.sources import shapes_parts
 
 
 def scenes(n, first=500_000, **kw):
@@ -54,6 +55,14 @@ def test_what_the_set_contains():
     for some, pairs in ((objects, shapes.PAIRS), (held, shapes.HELD_OUT)):
         assert {(o["color"], o["shape"]) for o in some} == set(pairs) and {o["size"] for o in some} == {*shapes.SIZES}
     assert len({*shapes.PAIRS, *shapes.HELD_OUT}) == len(shapes.PAIRS) + len(shapes.HELD_OUT) == 48
+
+
+def test_training_has_twice_as_many_relations_as_the_prompts():
+    def share(captions):
+        return np.mean([any(f" {relation} " in caption for relation in shapes.RELATIONS) for caption in captions])
+    (part,) = shapes_parts(1500, 4, 1500)
+    assert share([caption for _, _, caption in part.entries()]) == pytest.approx(0.6, abs=0.03)
+    assert share([caption for _, caption, _ in scenes(1500, first=0, size=4)]) == pytest.approx(0.3, abs=0.03)
 
 
 def test_noise_and_the_mean_picture_score_nothing():
