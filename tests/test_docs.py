@@ -20,7 +20,9 @@ COMMANDS = {  # which test runs the commands of the pages that have such parts (
     "tests/test_eval_fid.py has smaller ones": ("--captions coco", "--checkpoint runs/tiny", "--metrics nearest"),
     "tests/test_emoji.py has smaller ones": ("--source emoji", "runs/emoji"),
     "days of eight GPUs; tests/test_chain.py scales it down": ("phase", "done", "train.py config/xl2_"),
-    "minutes or hours; tests/test_train.py trains less": ("runs/gelu", "runs/relu2", "train.py config/small.py"),
+    "minutes or hours; tests/test_train.py trains less": ("runs/gelu", "runs/relu2", "train.py config/small.py",
+                                                         "runs/speed_", "for seed in", "--out data/shapes64"),
+    "tests/test_tiny.py trains a smaller one": ("python train_vae.py",),
     "up to an hour; tests/test_studies.py scales it down": ("studies.ablate", "runs/masking_vae"),
     "half an hour": ("tests/test_kills.py", "PAIRS=20"),
     "a part of the suite, and what Slurm's lines need": ("tests/test_gpu.py", "export TORCH_")}
