@@ -2,7 +2,7 @@
 Prepared data -> checkpoints. A run that is started again goes on as if it had never stopped; with other processes the
 order of sums differs.
 
-    python train.py config/tiny.py                                   # the laptop run, some eight minutes
+    python train.py config/tiny.py                                   # the laptop run, some nine minutes
     python train.py config/tiny.py --mixer_depth 0 --out runs/no_mixer
     torchrun --nproc_per_node=8 train.py config/small.py             # one process per GPU (or CPU)
 """

@@ -140,6 +140,7 @@ def main():
     content = {} if "source_hash" in known else fingerprint(parts)  # that is of an earlier version
     command = {key: value for key, value in (settings | content).items()
                if not key.startswith("captions") and (key, value) != ("font", "")}  # which earlier versions had not
+    command["outer_norms"] = config["outer_norms"]  # nor these layers, so that their states do not fit
     images = torch.from_numpy(read_squares(parts, limit, resolution, workers=0 if source in BUILT_IN else -1))
     held = torch.arange(len(images)) % max(100, len(images) // MOST_HELD) == 0  # of all classes of a sorted source
     images, held = images[~held], images[held]

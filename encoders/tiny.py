@@ -76,16 +76,16 @@ class TinyAutoencoder(Autoencoder):
         self.config, patch = config, config["patch_size"]
         super().__init__(config, name, patch * 2 ** (len(config["num_decoder_blocks"]) - 1))
         down, up = config["encoder_block_out_channels"], config["decoder_block_out_channels"]
-        # without them the outermost convolutions meet the next ones directly, which costs 2 dB: so in earlier files
-        between = norm_relu if config.get("outer_norms") else lambda width: ()
+        # files of earlier versions lack these layers, which are worth 2 dB
+        outer = norm_relu if config.get("outer_norms") else lambda channels: ()
         self.encoder = chain(layers=nn.Sequential(
-            nn.PixelUnshuffle(patch), conv(3 * patch ** 2, down[0]), *between(down[0]),
+            nn.PixelUnshuffle(patch), conv(3 * patch ** 2, down[0]), *outer(down[0]),
             *stack(down, config["num_encoder_blocks"], lambda a, b: [conv(a, b, stride=2, bias=False)]),
             conv(down[-1], self.latent_channels)))
         self.decoder = chain(layers=nn.Sequential(
             conv(self.latent_channels, up[0]), nn.ReLU(), *stack(up, config["num_decoder_blocks"], lambda a, b: [
                 nn.Upsample(scale_factor=2), conv(a, b, bias=False)]),
-            *between(up[-1]), conv(up[-1], 3 * patch ** 2), nn.PixelShuffle(patch)))
+            *outer(up[-1]), conv(up[-1], 3 * patch ** 2), nn.PixelShuffle(patch)))
 
     @torch.no_grad()
     def absorb(self, norm):

@@ -77,10 +77,11 @@ def find_parts(source, piece, font=""):
 
 
 def shapes_parts(count, size, piece):
-    """Return the parts of the built-in set: the scene of each seed below `count`."""
-    named = [(f"shapes/{seed}", ()) for seed in range(count)]
-    return pieces(named, piece, lambda name, _: (name, *shapes.scene(
-        int(name[7:]), size=size, two_objects=shapes.TRAINING_TWO_OBJECTS)[:2]))
+    """Return the parts of the built-in set: the scene of each seed below `count`, which its name describes."""
+    share = shapes.TRAINING_TWO_OBJECTS
+    named = [(f"shapes/{share}/{seed}", ()) for seed in range(count)]
+    return pieces(named, piece, lambda name, _: (
+        name, *shapes.scene(int(name.rsplit("/")[-1]), size=size, two_objects=share)[:2]))
 
 
 def pieces(named, piece, read):

@@ -19,6 +19,7 @@ from encoders.text import vector_of
 from encoders.vae import KLAutoencoder
 from pictures import prepared, shapes
 from pictures.prepared import Dataset, decoded_captions
+from pictures.sources import shapes_parts
 
 SHAPES = ("--limit=50", "--resolutions", 16, 32)
 
@@ -71,7 +72,7 @@ def test_round_trip_of_the_built_in_set(whole):
     assert len(data) == 50 and latents.dtype == embeddings.dtype == np.float16
     assert 0.75 < rows_of(Dataset(whole, 8), range(50))[0].astype(np.float32).std() < 1.05  # near sigma_data
     for i, latent, embedding in zip(ids, latents, embeddings):
-        image, caption, _ = shapes.scene(i)
+        image, caption, _ = shapes.scene(i, two_objects=shapes.TRAINING_TWO_OBJECTS)
         assert captions[i] == caption
         np.testing.assert_allclose(embedding, encoders.load_text_encoder("words")([caption])[0], atol=2e-3)
         np.testing.assert_allclose(pixels(latent), np.asarray(image), atol=0.2)
@@ -233,19 +234,29 @@ def test_commands_that_are_refused_change_nothing(whole, tmp_path, args, words):
 
 
 def test_a_folder_of_the_version_before(tmp_path):
-    before, args = ROOT / "tests/data/before/data", ("--limit=12", "--resolutions=16", "--out")
-    done, part = (shutil.copytree(before, tmp_path / name) for name in ("d", "part"))
+    args, new = ("--limit=12", "--resolutions=16", "--out"), tmp_path / "new"
+    done, part = (shutil.copytree(ROOT / "tests/data/before/data", tmp_path / name) for name in ("done", "part"))
     assert "already prepared: 12 rows" in launch("prepare_latents.py", *args, done)
     change(part / "dataset.json", complete=False, shards=[], rows=0)
     (part / "00000.done.json").write_text('{"part": 0, "shard": 0, "last": true, "rows": 12}')
     (part / "00000.skipped.jsonl").touch()
-    launch("prepare_latents.py", *args, part)
-    assert contents(part).keys() == contents(before).keys() and all(
-        contents(part)[f"00000.{kind}"] == contents(before)[f"00000.{kind}"]
+    for folder in (part, new):
+        launch("prepare_latents.py", *args, folder)
+    assert contents(part).keys() == contents(new).keys() and all(
+        contents(part)[f"00000.{kind}"] == contents(new)[f"00000.{kind}"]
         for kind in ("latents16.npy", "captions.npy", "rows.jsonl"))
-    settings = json.loads((before / "dataset.json").read_text())["settings"]
+    settings = json.loads((done / "dataset.json").read_text())["settings"]
     change(done / "dataset.json", settings=settings | {"min_size": 512})
     assert "min_size: 512 there, 0 now" in launch("prepare_latents.py", *args, done, fails=True)
+
+
+def test_the_built_in_set_of_another_version_is_refused(whole, tmp_path):
+    """Its scenes had other shares of two objects, and their names say so."""
+    out = shutil.copytree(whole, tmp_path / "d")
+    change(out / "dataset.json", **{"names in the source": "0" * 16})
+    assert "names in the source: another one now" in launch("prepare_latents.py", *SHAPES, "--out", out, fails=True)
+    names = {name for part in shapes_parts(9, 8, 9) for name in part.names}
+    assert names == {f"shapes/{shapes.TRAINING_TWO_OBJECTS}/{i}" for i in range(9)}
 
 
 def test_the_number_of_processes_changes_nothing_even_where_an_archive_breaks_off(tmp_path):

@@ -1,8 +1,11 @@
 """The built-in set of pictures and its reader."""
+import hashlib
+
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
+from evaluation.prompts import read_prompts
 from pictures import shapes
 from pictures.sources import shapes_parts
 
@@ -38,6 +41,9 @@ def test_scenes_are_deterministic():
     assert a[0].tobytes() == b[0].tobytes() and a[1:] == b[1:]
     # the set must not change under the feet of published numbers
     assert a[1] == "a small yellow cross on a white background"
+    for source, start in (("shapes", "b56d24b0"), ("shapes_unseen", "dd56ca93")):
+        captions = "\n".join(prompt.caption for prompt in read_prompts(source))
+        assert hashlib.sha256(captions.encode()).hexdigest().startswith(start)
 
 
 def test_what_the_set_contains():
