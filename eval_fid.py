@@ -207,18 +207,51 @@ def print_results(entries, said, folder, side):
     print(f"all of it: {folder}")
 
 
+def choose_work(data):
+    """Return (where prompts are from, the chosen metrics) for a run with these settings of its data, or --images."""
+    if captions or images:
+        sources = (captions,)
+    elif "nearest" in metrics and reference:
+        sources = (reference,)  # whose captions are the prompts
+    else:
+        sources = prompts.SETS[data["source"] if data.get("source") in prompts.SETS else "shapes"]
+    of_set = ("attributes",) if sources[0] in prompts.SHAPES else ("nearest",) if sources[0] in EMOJI else ()
+    return sources, tuple(metrics) or of_set or (*DISTANCES, "clip_score")
+
+
+def known_pictures(vae, of_emoji, folder_captions, side, torch_device):
+    """Return the Latents that nearest pictures are found by, and (captions, latents) of those that are known."""
+    latents = nearest.Latents(vae, torch_device)
+    table = captions if captions.lower().endswith(TABLES) else ""
+    choose, source = caption_chooser(table, folder_captions), reference or "emoji_all"
+    known = nearest.read_reference(source, choose, latents, side, of_emoji if source in EMOJI else "")
+    latents.about |= {"pictures": len(known[0]), "captions_sha256": hash_of(known[0]),
+                      "pictures_sha256": hashlib.sha256(known[1].numpy().tobytes()).hexdigest()}
+    return latents, known
+
+
+def results_of(sets, measured, statistics, known, chosen, side, folder):
+    """Return the scores of each set of pictures, and write the grids of built-in sets."""
+    entries = [judge(pictures, *m, statistics) for pictures, m in zip(sets, measured)]
+    for entry, pictures, (rows, _) in zip(entries, sets, measured):
+        if pictures.source in prompts.OF_SETS:
+            save_grid(pictures, folder)
+        if "attributes" in chosen:
+            entry |= attribute_scores(pictures, side)
+        if "nearest" in chosen:
+            wanted = [prompt.caption for _, prompt in pictures.items]
+            entry["nearest"] = nearest.score(torch.from_numpy(rows["nearest"]), wanted, *known)
+    return entries
+
+
 def main():
     run = None if images else checkpoints.find(checkpoint)
     trained_on = checkpoints.run_of(run).get("data", {}) if run else {}
     data = trained_on.get("settings", {})  # by which it was prepared
-    sources, of_emoji = (captions,), font or data.get("font", "")
-    by_reference = "nearest" in metrics and reference and not (captions or images)  # whose captions are the prompts
-    if not (captions or images):
-        sources = prompts.SETS[data["source"] if data.get("source") in prompts.SETS else "shapes"]
-        sources = (reference,) if by_reference else sources
-    chosen = tuple(metrics) or (("attributes",) if sources[0] in prompts.SHAPES else
-                                ("nearest",) if sources[0] in EMOJI else (*DISTANCES, "clip_score"))
+    of_emoji = font or data.get("font", "")
+    sources, chosen = choose_work(data)
     distances = [metric for metric in DISTANCES if metric in chosen]
+    by_reference = sources == (reference,) and not (captions or images)
     asked = sources if (run or matched and captions) and not by_reference else ()
     prompt_lists = {source: choose_prompts(source, of_emoji, data.get("limit")) for source in asked}
     check_settings(chosen, distances, sources)
@@ -243,14 +276,10 @@ def main():
     side = resolution or own_side
     if side > own_side:
         raise ValueError(f"resolution is {side}, and the pictures have {own_side} px")
+    known = None
     if "nearest" in chosen:
-        latents = nearest.Latents(pipeline.vae if run else load_vae(vae, torch_device), torch_device)
-        table = captions if captions.lower().endswith(TABLES) else ""
-        choose, real_ones = caption_chooser(table, data.get("folder_captions", "")), reference or "emoji_all"
-        known = nearest.read_reference(real_ones, choose, latents, side, of_emoji if real_ones in EMOJI else "")
-        latents.about |= {"pictures": len(known[0]), "captions_sha256": hash_of(known[0]),
-                          "pictures_sha256": hashlib.sha256(known[1].numpy().tobytes()).hexdigest()}
-        networks["nearest"] = latents
+        networks["nearest"], known = known_pictures(pipeline.vae if run else load_vae(vae, torch_device), of_emoji,
+                                                    data.get("folder_captions", ""), side, torch_device)
         if by_reference:
             prompt_lists[reference] = prompts.choose([prompts.Prompt(caption) for caption in known[0]], count)
     sets = pictures_to_generate(pipeline, prompt_lists, folder) if run else sets
@@ -281,15 +310,7 @@ def main():
     if processes.rank == 0:
         if real:
             statistics, said = load_reference(comparing, folder / "reference.npz", side)
-        entries = [judge(pictures, *m, statistics) for pictures, m in zip(sets, measured)]
-        for entry, pictures, (rows, _) in zip(entries, sets, measured):
-            if pictures.source in prompts.OF_SETS:
-                save_grid(pictures, folder)
-            if "attributes" in chosen:
-                entry |= attribute_scores(pictures, own_side)
-            if "nearest" in chosen:
-                wanted = [prompt.caption for _, prompt in pictures.items]
-                entry["nearest"] = nearest.score(torch.from_numpy(rows["nearest"]), wanted, *known)
+        entries = results_of(sets, measured, statistics, known, chosen, own_side, folder)
         protocol |= {"reference": said, "checkpoint": pipeline.name if run else None,
                      "software": {name: version(name) for name in ("torch", "pillow", "transformers")}}
         write_json(folder / "results.json", {"results": entries, "protocol": protocol})
