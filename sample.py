@@ -26,7 +26,8 @@ batch_size = 16        # number of pictures that are drawn together (>= 1)
 vae = ""               # autoencoder; empty: the one that the checkpoint was trained with
 text_encoder = ""      # text encoder; empty: the one that the checkpoint was trained with
 device = "auto"        # cuda, mps or cpu; auto: the best there is
-dtype = "auto"         # precision of all networks; auto: bfloat16 on cuda (auto | bfloat16 | float32)
+dtype = "auto"         # of matrix products; auto: bfloat16 on cuda, float16 on older cards
+                       # (auto | bfloat16 | float16 | float32)
 offload = "auto"       # keep on the GPU only what is at work; auto: on GPUs below 16 GB (auto | yes | no)
 compile = False        # torch.compile: minutes at the start, faster pictures on a GPU
 

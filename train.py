@@ -41,7 +41,8 @@ ema_start = 0                 # step at which the average starts (>= 0)
 seed = 2024                   # of weights, data order, noise, masks and dropout (>= 0, < 9e18)
 # machine
 device = "auto"               # cuda, mps or cpu; auto: the best there is
-dtype = "auto"                # of matrix products, not of weights; auto: bfloat16 on cuda (auto | bfloat16 | float32)
+dtype = "auto"                # of matrix products, not of weights; auto: bfloat16 on cuda, float16 on older cards, with
+                              # loss scaling (auto | bfloat16 | float16 | float32)
 compile = False               # torch.compile: minutes at the start, faster steps on a GPU
 activation_checkpointing = False  # compute the blocks again in the backward pass: less memory, a third more work
 # reporting
@@ -136,8 +137,10 @@ def make_step(state, net, stream, micros, masked, losses, world=1):
         with net.no_sync() if world > 1 and m < micros - 1 else contextlib.nullcontext():
             with autocast(latents.device, compute_dtype(dtype, latents.device)):
                 loss = edm_loss(net, latents, captions, sigma, noise, ids_keep, reduce=False)  # (B,)
-            (loss.sum() * (world / batch_size)).backward()  # DDP takes the mean over the processes
+            scaled = state.optimizer.scaled(loss.sum() * (world / batch_size))  # DDP takes the mean over the processes
+            scaled.backward()
         losses.add(sigma, loss, state.net.extra_loss)
+    state.optimizer.unscale()
     grad_norm = clip_grad_norm_(state.net.parameters(), grad_clip or math.inf)
     # if the norm is not finite, the weights stay as they are; `bad` is on the device, and nobody waits for it here
     bad = state.optimizer.step(learning_rate_at(state.step), grad_norm, zero_in_place=world > 1)
@@ -220,7 +223,7 @@ def new_state(config, run, device):
     net = MicroDiT(config).to(device)
     net.activation_checkpointing = activation_checkpointing
     optimizers = Optimizer(net, optimizer, learning_rate, betas=(0.9, beta2), momentum=momentum,
-                           weight_decay=weight_decay)
+                           weight_decay=weight_decay, float16=compute_dtype(dtype, device) == torch.float16)
     return State(net, optimizers, Average(ema_decay, ema_start), run)
 
 

@@ -25,9 +25,21 @@ def pick_device(name):
 
 
 def compute_dtype(name, device):
-    """Return the torch.dtype of matrix products for a setting dtype: auto is bfloat16 on a CUDA device."""
+    """Return the torch.dtype of matrix products for a setting dtype.
+
+    auto is bfloat16 on a CUDA device that computes in it, float16 on an older one (T4, V100, RTX 20), else float32.
+    """
     import torch
-    return getattr(torch, name if name != "auto" else "bfloat16" if device.type == "cuda" else "float32")
+    if name == "auto" and device.type == "cuda":
+        # older ones have no units for bfloat16, and torch emulates it: is_bf16_supported() says yes to that
+        name = "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
+    return getattr(torch, name if name != "auto" else "float32")
+
+
+def without_float16(dtype):
+    """Return a torch.dtype for networks that overflow in float16, as SDXL's autoencoder and T5 do: float32 then."""
+    import torch
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def autocast(device, dtype):

@@ -9,7 +9,7 @@ import unicodedata
 import torch
 
 from common.files import reading
-from common.machine import compute_dtype
+from common.machine import compute_dtype, without_float16
 from common.tensors import tensors_hash
 from encoders.hub import BY_HAND, fetch, load_pretrained, load_tokenizer, local, reach_hub
 
@@ -44,7 +44,7 @@ class TextEncoder:
         self.tokenizer = load_tokenizer(tokenizer, tokens)
         self.model = load_pretrained(model, place, r"(vision_model|visual_projection|text_projection|logit_scale).*")
         config, sha256 = self.model.config, tensors_hash(self.model)  # of the weights as they are in the file
-        self.model = self.model.to(device, dtype)
+        self.model = self.model.to(device, dtype if self.is_clip else without_float16(dtype))
         self.length, self.dim = config.max_position_embeddings if self.is_clip else 120, config.hidden_size
         self.about = {"length": self.length, "dim": self.dim, "sha256": sha256}
         if any(part in name.lower() for part in QUICK_GELU) and config.hidden_act != "quick_gelu":
@@ -122,7 +122,7 @@ def warn_of_cut(count, encoder):
 
 
 def load_text_encoder(name, device="cpu", dtype=None):
-    """Load "words", or CLIP or T5 of a folder or hub id; dtype None is bfloat16 on a GPU and float32 elsewhere."""
+    """Load "words", or CLIP or T5 of a folder or hub id; dtype None is what compute_dtype("auto") says."""
     if name == "words":
         return Words(device)
     with reading(f"text encoder {name}", BY_HAND):

@@ -5,7 +5,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common.files import read_json, reading
-from common.machine import compute_dtype
+from common.machine import compute_dtype, without_float16
 from common.tensors import check_tensors, read_tensors, tensors_hash
 from encoders.hub import fetch, local
 from encoders.tiny import Autoencoder, TinyAutoencoder, chain, conv
@@ -132,7 +132,7 @@ def load_vae(name, device="cpu", dtype=None):
         raise ValueError(f"{name} has {'names of the first latent diffusion code' if ldm else 'no config.json'}: give "
                          "a folder of diffusers, a hub id as stabilityai/sdxl-vae, or train_vae.py's file")
     vae = build(run["config"] if "config" in run else read_json(beside), tensors, name)
-    return vae.to(device, dtype or compute_dtype("auto", torch.device(device)))
+    return vae.to(device, without_float16(dtype or compute_dtype("auto", torch.device(device))))
 
 
 def read_weights(path):
@@ -184,7 +184,8 @@ def describe_vae(vae, name):
 def load_described_vae(described, device="cpu", dtype=None, tensors=None):
     """Load a described autoencoder from the tensors of a checkpoint, or else by its name."""
     name, sha256 = described["name"], described.get("sha256")
-    vae = build(described["config"], tensors, name).to(device, dtype) if tensors else load_vae(name, device, dtype)
+    vae = (build(described["config"], tensors, name).to(device, without_float16(dtype)) if tensors else
+           load_vae(name, device, dtype))
     if sha256 and getattr(vae, "sha256", None) != sha256:
         raise ValueError(f"autoencoder {name} is not the one that the latents are of: restore it or prepare them again")
     vae.scaling_factor = described.get("scaling_factor") or vae.scaling_factor

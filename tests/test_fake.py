@@ -50,8 +50,9 @@ def steps(monkeypatch):
             monkeypatch.setattr(module, supported, lambda: ["cuda", "meta"])
     monkeypatch.setattr(train, "autocast", lambda *_: contextlib.nullcontext())  # meta has none
 
-    def steps(optimizer, checkpointing=False, mask="random"):
-        for name, value in {"optimizer": optimizer, "ema_decay": 0.9, "mask_ratio": 0.75, "mask": mask}.items():
+    def steps(optimizer, checkpointing=False, mask="random", dtype="float32"):
+        for name, value in {"optimizer": optimizer, "ema_decay": 0.9, "mask_ratio": 0.75, "mask": mask,
+                            "dtype": dtype}.items():
             monkeypatch.setattr(train, name, value)
         state, losses = train.new_state(CONFIG, {}, META), Losses(-0.6, 1.2, Processes(0, 1, META))
         state.net.activation_checkpointing = checkpointing
@@ -67,7 +68,8 @@ def steps(monkeypatch):
     return steps
 
 
-@pytest.mark.parametrize("arguments", [("adamw",), ("muon", True), ("adamw", True, "grouped")])
+@pytest.mark.parametrize("arguments", [("adamw",), ("muon", True), ("adamw", True, "grouped"),
+                                       ("muon", False, "random", "float16")])
 def test_a_training_step_stays_on_its_device(steps, arguments):
     state = steps(*arguments)
     held = [*state.optimizer.tensors().values(), *state.average.net.parameters(), state.optimizer.skipped]

@@ -12,9 +12,10 @@ import torch
 
 import model
 import train
+from common import machine
 from common.processes import Processes
 from pictures.prepared import Dataset, Rows
-from training import checkpoint, meter
+from training import checkpoint, meter, optimizer
 from training.batches import Batches, normal, own_places, random_words, to_device, uniform
 from training.log import Losses
 from training.optimizer import Muon
@@ -75,9 +76,41 @@ def test_a_step_without_finite_gradients_changes_nothing(run, optimizer):
     assert not any(torch.equal(a, b) for a, b in zip(before, made.net.parameters()) if a.ndim > 1)
 
 
-def test_bfloat16_is_of_the_computation_alone(run):
-    half, full = (list(run(2, dtype=dtype).net.parameters()) for dtype in ("bfloat16", "float32"))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_of_the_computation_alone(run, dtype):
+    half, full = (list(run(2, dtype=dtype).net.parameters()) for dtype in (dtype, "float32"))
     assert {p.dtype for p in half} == {torch.float32} and not all(torch.equal(a, b) for a, b in zip(half, full))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_float16_trains_as_float32_and_an_overflow_is_skipped(run, monkeypatch, kind):
+    """The network's own gradients hardly fit into float16: it takes the scale for them to come out right"""
+    settings = {"dtype": "float16", "optimizer": kind, "learning_rate": 1e-3}
+    monkeypatch.setattr(optimizer, "SCALE_STEPS", 3)
+    norms = {}
+    for dtype in ("float32", "float16"):
+        with monkeypatch.context() as patch:
+            step = train.make_step
+            patch.setattr(train, "make_step", lambda *args: norms.setdefault(dtype, []).append(step(*args)))
+            made = run(3, **settings | {"dtype": dtype})
+    assert torch.allclose(torch.stack(norms["float16"]), torch.stack(norms["float32"]), rtol=5e-3)
+    assert made.optimizer.loss_scale.tolist() == [2.0 ** 17, 0.0]  # three steps without an overflow
+    made.optimizer.loss_scale[0], before = 2.0 ** 60, [p.clone() for p in made.net.parameters()]
+    run(5, made, **settings)
+    assert int(made.optimizer.skipped) == 2 and made.optimizer.loss_scale.tolist() == [2.0 ** 58, 0.0]
+    assert all(torch.equal(a, b) for a, b in zip(before, made.net.parameters()))
+    other = train.new_state(TINY, dict(RUN), CPU.device)
+    other.optimizer.load(made.optimizer.tensors())
+    assert torch.equal(other.optimizer.loss_scale, made.optimizer.loss_scale)
+    run(6, dtype="float32", optimizer=kind).optimizer.load(made.optimizer.tensors())  # on a card that needs no scale
+
+
+@pytest.mark.parametrize("capability, name", [((7, 0), "float16"), ((7, 5), "float16"), ((8, 0), "bfloat16"),
+                                              ((12, 0), "bfloat16")])
+def test_cards_without_bfloat16_get_float16(monkeypatch, capability, name):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert machine.compute_dtype("auto", torch.device("cuda")) == getattr(torch, name)
+    assert machine.compute_dtype("auto", CPU.device) == torch.float32
 
 
 def test_one_graph_and_no_recompilation(run):

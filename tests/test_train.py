@@ -75,7 +75,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(fit, whole, run):
 
 def test_muon_goes_on_too_and_leaves_the_other_parameters_to_adamw(fit, tmp_path):
     out, args = tmp_path / "run", ("--optimizer=muon", "--checkpoint_every=2", "--mixer_conv", "--mask=grouped",
-                                   "--grad_clip=0", "--activation_checkpointing")
+                                   "--grad_clip=0", "--activation_checkpointing", "--dtype=float16")
     fit(out, *args, steps=4)
     part = shutil.copytree(out, tmp_path / "part")
     checkpoint.steps_of(part)[-1].unlink()
@@ -83,7 +83,7 @@ def test_muon_goes_on_too_and_leaves_the_other_parameters_to_adamw(fit, tmp_path
     assert_equal(part, out)
     names = {name.removeprefix("optimizer.") for name in weights(out)}
     assert "momentum_buffer.blocks.0.attn.qkv.weight" in names and "exp_avg.blocks.0.attn.qkv.weight" not in names
-    assert {"exp_avg.final.linear.weight", "exp_avg.mixer.0.neighbours.conv.weight"} <= names
+    assert {"exp_avg.final.linear.weight", "exp_avg.mixer.0.neighbours.conv.weight", "loss_scale"} <= names
 
 
 def test_a_run_of_an_earlier_version_goes_on(tmp_path):

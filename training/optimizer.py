@@ -7,6 +7,7 @@ import copy
 
 import torch
 
+FIRST_SCALE, SCALE_STEPS = 2.0 ** 16, 2000  # float16: the first scale of the loss; it doubles after so many steps
 FUSED = {".qkv.": 3, ".kv.": 2}  # parts of names, and how many matrices such a weight holds, one below the other
 
 
@@ -72,7 +73,7 @@ def is_block_matrix(name, parameter):
 class Optimizer:
     """Is AdamW, or with kind "muon" Muon where is_matrix(name, parameter) is true, and AdamW for all else."""
 
-    def __init__(self, net, kind, lr, *, betas, weight_decay, momentum=0.95, is_matrix=is_block_matrix):
+    def __init__(self, net, kind, lr, *, betas, weight_decay, momentum=0.95, is_matrix=is_block_matrix, float16=False):
         named = dict(net.named_parameters())
         self.device = next(iter(named.values())).device
         matrices = [n for n, p in named.items() if kind == "muon" and is_matrix(n, p)]
@@ -84,6 +85,18 @@ class Optimizer:
             pieces = [next((k for part, k in FUSED.items() if part in n), 1) for n in matrices]
             self.parts.append((Muon([named[n] for n in matrices], lr, weight_decay, momentum, pieces), matrices))
         self.skipped, self.skipped_in_a_row = torch.zeros(2, dtype=torch.int64, device=self.device)
+        # the scale of the loss, and the steps since it changed; on the device, where nobody waits for it
+        self.loss_scale = torch.tensor([FIRST_SCALE, 0.0], device=self.device) if float16 else None
+
+    def scaled(self, loss):
+        """Return what to call backward() of: in float16 the loss as large as its gradients still fit."""
+        return loss if self.loss_scale is None else loss * self.loss_scale[0]
+
+    def unscale(self):
+        """Bring gradients of scaled() losses back to their size. Those that did not fit become infinite."""
+        if self.loss_scale is not None:
+            grads = [p.grad for o, _ in self.parts for p in o.param_groups[0]["params"] if p.grad is not None]
+            torch._foreach_mul_(grads, 1 / self.loss_scale[0])
 
     def step(self, lr, grad_norm, zero_in_place=False):
         """Update the weights if the gradient's norm is finite, and return whether it is not, as a tensor.
@@ -91,6 +104,11 @@ class Optimizer:
         Gradients are dropped then, or zeroed in place: DDP's are views of its buckets.
         """
         bad = ~grad_norm.isfinite()
+        if self.loss_scale is not None:
+            scale, since = self.loss_scale
+            grow = since + 1 >= SCALE_STEPS
+            self.loss_scale = torch.stack([torch.where(bad, scale / 2, torch.where(grow, scale * 2, scale)),
+                                           torch.where(bad | grow, 0.0, since + 1)])
         self.skipped = self.skipped + bad
         self.skipped_in_a_row = (self.skipped_in_a_row + bad) * bad
         for optimizer, _ in self.parts:
@@ -104,12 +122,15 @@ class Optimizer:
 
     def tensors(self):
         """Return {"exp_avg.NAME OF THE PARAMETER": tensor} of everything that it remembers."""
-        return {f"{key}.{name}": value for o, names in self.parts for name, p in zip(names, o.param_groups[0]["params"])
-                for key, value in o.state.get(p, {}).items()}
+        found = {f"{key}.{name}": value for o, names in self.parts
+                 for name, p in zip(names, o.param_groups[0]["params"]) for key, value in o.state.get(p, {}).items()}
+        return found if self.loss_scale is None else found | {"loss_scale": self.loss_scale}
 
     def load(self, tensors, where="the checkpoint"):
         """Take over what tensors() of an optimizer of the same kind returned; ValueError if they do not fit."""
-        by_parameter = {}
+        by_parameter, scale = {}, tensors.pop("loss_scale", None)
+        if self.loss_scale is not None and scale is not None:
+            self.loss_scale = scale.to(self.device, copy=True)
         for name, value in tensors.items():
             key, _, parameter = name.partition(".")
             by_parameter.setdefault(parameter, {})[key] = value.clone()  # the file will be deleted
