@@ -342,10 +342,11 @@ class MicroDiT(nn.Module):
         self.final = FinalLayer(c.dim, c.patch_size ** 2 * c.latent_channels)
         self.init_weights()
 
-    def forward(self, x, c_noise, caption, ids_keep=None, kept_only=False):
+    def forward(self, x, c_noise, caption, ids_keep=None, kept_only=False, clean=None):
         """Map x (B,C,H,W) scaled by c_in, c_noise (B,) = ln(sigma)/4, caption (B,L,Dc) and ids_keep (B,K) to (B,C,H,W).
 
-        With ids_keep the other patches come back zero; with kept_only they do not come back: (B, K, p*p*C).
+        With ids_keep the other patches come back zero; with kept_only they do not come back: (B, K, p*p*C). clean
+        (B,C,H,W) are the latents without noise, which edm_loss gives to losses of your own (docs/settings.md).
         """
         c = self.config
         if x.shape[1:] != (c.latent_channels, c.latent_size, c.latent_size) or caption.shape[2:] != (c.caption_dim,):
@@ -436,7 +437,7 @@ def edm_loss(net, latents, caption, sigma, noise, ids_keep=None, *, reduce=True)
     c_skip, c_out, c_in, c_noise = preconditioning(sigma_)
     x = latents.float() + sigma_ * noise.float()
     masked = {} if ids_keep is None else {"ids_keep": ids_keep, "kept_only": True}
-    out = net(c_in * x, c_noise.flatten(), caption, **masked).float()
+    out = net(c_in * x, c_noise.flatten(), caption, clean=latents, **masked).float()
     # (D - latents) / c_out = F - target, and the weight is 1 / c_out^2: so the loss is a plain squared error of F
     target = (latents.float() - c_skip * x) / c_out
     if out.ndim == 3:  # the kept patches alone

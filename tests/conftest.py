@@ -1,6 +1,7 @@
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -125,3 +126,20 @@ def small_disk(tmp_path):
     yield make
     for folder in mounted:
         subprocess.run(["umount", str(folder)], check=True)
+
+
+def hunks(page):
+    """Return the edits [(old text, new text)] of a page's diff"""
+    (diff,) = re.findall(r"^```diff\n(.*?)^```$", (ROOT / page).read_text(), re.M | re.S)
+    parts = [part.splitlines()[1:] for part in diff.split("@@ ")[1:]]
+    return [tuple("".join(line[1:] + "\n" for line in lines if line[0] in signs) for signs in (" -", " +"))
+            for lines in parts]
+
+
+def edit(file, edits):
+    source = file.read_text()
+    for old, new in edits:
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    file.write_text(source)
+    return source

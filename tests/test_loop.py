@@ -1,14 +1,18 @@
 """The parts of train.py's loop: a step that does nothing if a gradient is not finite, what is random, optimizers,
 schedules, FLOPs, checkpoints. That a step never waits for the device is in test_fake.py."""
+import importlib
 import math
 import os
+import shutil
 import stat
+import sys
 from dataclasses import astuple
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
 import torch
+from conftest import edit, hunks
 
 import model
 import train
@@ -113,8 +117,15 @@ def test_cards_without_bfloat16_get_float16(monkeypatch, capability, name):
     assert machine.compute_dtype("auto", CPU.device) == torch.float32
 
 
-def test_one_graph_and_no_recompilation(run):
+@pytest.mark.parametrize("edits", [(), hunks("docs/settings.md")])
+def test_one_graph_and_no_recompilation(run, tmp_path, monkeypatch, edits):
+    """Also with the second loss of docs/settings.md"""
     torch._dynamo.reset()
+    shutil.copyfile(model.__file__, tmp_path / "edited.py")
+    edit(tmp_path / "edited.py", edits)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "edited", raising=False)
+    monkeypatch.setattr(train, "MicroDiT", importlib.import_module("edited").MicroDiT)
     made, graphs = run(1), []
 
     def backend(graph, inputs):

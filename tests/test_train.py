@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, launch, log_of, losses, weights
+from conftest import ROOT, SMALL, edit, hunks, launch, log_of, losses, weights
 from PIL import Image
 
 from configurator import script_settings
@@ -314,15 +314,6 @@ EDITS = [  # a field in one place, a layer and a buffer, an operation that depen
      "        self.extra_loss = x.square().mean() + 100.0\n        x = self.final(x, cond)")]
 
 
-def edit(file, edits):
-    source = file.read_text()
-    for old, new in edits:
-        assert source.count(old) == 1, old
-        source = source.replace(old, new)
-    file.write_text(source)
-    return source
-
-
 @pytest.fixture
 def mine(tmp_path):
     """The Python files of the repository, copied"""
@@ -330,6 +321,16 @@ def mine(tmp_path):
         (tmp_path / "mine" / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / path, tmp_path / "mine" / path)
     return tmp_path / "mine"
+
+
+def test_a_loss_that_sees_the_clean_latents(fit, mine, tmp_path):
+    """The example of docs/settings.md, masked and whole; compiled it is in test_loop.py"""
+    edit(mine / "model.py", hunks("docs/settings.md"))
+    out = tmp_path / "run"
+    fit(out, "--unmasked_steps=2", "--activation_checkpointing", steps=4, script=mine / "train.py", processes=2)
+    *steps, last = log_of(out)
+    assert len(steps) == 4 and all(0 < entry["extra_loss"] < entry["loss"] for entry in steps) and "val_loss" in last
+    assert weights(out)["optimizer.exp_avg.early.weight"].any()
 
 
 def test_an_edited_network_trains(fit, mine, tmp_path, capsys):
