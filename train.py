@@ -78,7 +78,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from common.files import not_worth_a_run
-from common.machine import autocast, compute_dtype, keep_freed_memory, pick_device
+from common.machine import autocast, compute_dtype, keep_compiled, keep_freed_memory, pick_device
 from common.processes import join, run_script, world_size
 from common.tensors import read_tensors, strip
 from encoders import load_described_vae
@@ -246,6 +246,8 @@ def wrap_network(net, processes):
         for p in net.parameters():  # else the first step of a run that goes on makes them beside DDP's buckets
             p.grad = torch.zeros_like(p)
         net = DistributedDataParallel(net, gradient_as_bucket_view=True, bucket_cap_mb=512, **{sync: False})
+    if compile:
+        keep_compiled()
     return torch.compile(net) if compile else net
 
 

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 
 def pick_device(name):
@@ -46,6 +47,14 @@ def autocast(device, dtype):
     """Compute matrix products in a dtype of less than 32 bits. Weights stay as they are."""
     import torch
     return torch.autocast(device.type, dtype if dtype != torch.float32 else None, enabled=dtype != torch.float32)
+
+
+def keep_compiled():
+    """Have torch.compile keep its work where a restart of the machine finds it, unless the environment says where."""
+    with contextlib.suppress(OSError, RuntimeError):  # no home, or none to write to: then it stays in /tmp
+        folder = Path.home() / ".cache/nanomicrodit"
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 def keep_freed_memory():
