@@ -18,6 +18,7 @@ folder_captions = ""       # "a photo of a {}": the caption of pictures that hav
 out = "data/shapes"        # folder to write
 vae = "pixels"             # autoencoder: "pixels", a folder, a .safetensors file or a hub id
 text_encoder = "words"     # text encoder: "words", a folder or a hub id
+caption_length = 0         # tokens of a caption that are kept; 0: 77 of CLIP, 120 of T5, 256 of others, 16 words (>= 0)
 resolutions = (32,)        # sides of the square pictures in pixels; pictures that are smaller are skipped (>= 1)
 limit = 0                  # use at most so many pictures; 0: use all, and 20,000 of "shapes" (>= 0)
 flips = False              # for small sets: store a mirrored copy of every picture, too
@@ -55,7 +56,7 @@ from pictures.sources import BUILT_IN, find_parts, fingerprint, limited, no_capt
 BATCH_SIZE = 64  # pictures encoded at once
 # Settings that earlier versions had or had not, with the values that this one goes on with
 FORMER = {"root": "", "scaling_factor": 0.0, "min_size": 0, "nsfw_scores": "", "first_seed": 0, "clean_captions": False,
-          "folder_captions": "", "font": ""}
+          "folder_captions": "", "font": "", "caption_length": 0}
 RECORDS = r"\d{5,}(-\d{4,})?\.(done\.json|skipped\.jsonl)"  # which go at the end; the second is of earlier versions
 # what this script writes but dataset.json
 OURS = rf"{RECORDS}|\d{{5,}}(-\d{{4,}})?\.((latents\d+|captions|scales)\.npy|rows\.jsonl)|skipped\.jsonl"
@@ -81,7 +82,7 @@ def load_models():
     autoencoder = load_vae(vae, picked)
     if any(r % autoencoder.downsample for r in resolutions):
         raise ValueError(f"resolutions is {resolutions}: '{vae}' needs multiples of {autoencoder.downsample}")
-    return autoencoder, load_text_encoder(text_encoder, picked), picked
+    return autoencoder, load_text_encoder(text_encoder, picked, length=caption_length), picked
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Text encoders: the token embeddings of CLIP and T5, through transformers, and "words", a stand-in for them."""
+"""Text encoders: token embeddings of CLIP, T5 and others, through transformers, and "words", a stand-in for them."""
 import functools
 import hashlib
 import html
@@ -14,6 +14,7 @@ from common.tensors import tensors_hash
 from encoders.hub import BY_HAND, fetch, load_pretrained, load_tokenizer, local, reach_hub
 
 QUICK_GELU = ("dfn5b", "dfn2b", "openai/clip")  # models that were trained with x * sigmoid(1.702 x)
+OTHERS = r"(vision_model|visual_projection|text_projection|logit_scale|lm_head).*"  # weights that are not wanted
 # what ftfy repairs for open_clip: quotes, ligatures, full-width forms and control characters
 LIGATURES = [*range(0xFB00, 0xFB07), 0x132, 0x133, 0x149, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4)]
 CONTROLS = [*range(0x09), 0x0B, *range(0x0E, 0x20), 0x7F, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD)]
@@ -31,27 +32,39 @@ def clean(text):
 
 
 class TextEncoder:
-    """Captions -> (B, length, dim): the last hidden state of all tokens, the padding too."""
+    """Captions -> (B, length, dim): the last hidden state of all tokens, also of CLIP's and T5's padding.
 
-    def __init__(self, name, device, dtype):
-        from transformers import AutoConfig, AutoTokenizer, CLIPTextModel, CLIPTokenizer, T5EncoderModel
+    Of other models the padding is zero. length: tokens of a caption; 0: as many as CLIP reads, 120 (T5) or 256.
+    """
+
+    def __init__(self, name, device, dtype, length=0):
+        import transformers  # which takes seconds
         place, tokens = find_text_encoder(name)
-        kind = AutoConfig.from_pretrained(place).model_type
-        if kind not in ("clip", "clip_text_model", "t5"):
-            raise ValueError(f"it is of the kind {kind}: CLIP and T5 are understood")
-        self.name, self.is_clip = name, kind != "t5"
-        tokenizer, model = (CLIPTokenizer, CLIPTextModel) if self.is_clip else (AutoTokenizer, T5EncoderModel)
+        config = transformers.AutoConfig.from_pretrained(place)
+        encodes = type(config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING  # of T5 and its like the encoder alone
+        self.name, self.is_clip = name, config.model_type in ("clip", "clip_text_model")
+        self.pads_with_zeros = not self.is_clip and config.model_type != "t5"
+        tokenizer = transformers.CLIPTokenizer if self.is_clip else transformers.AutoTokenizer
         self.tokenizer = load_tokenizer(tokenizer, tokens)
-        self.model = load_pretrained(model, place, r"(vision_model|visual_projection|text_projection|logit_scale).*")
-        config, sha256 = self.model.config, tensors_hash(self.model)  # of the weights as they are in the file
+        self.tokenizer.padding_side = "right"
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        model = (transformers.CLIPTextModel if self.is_clip else transformers.AutoModelForTextEncoding if encodes else
+                 transformers.AutoModel)
+        self.model = load_pretrained(model, place, OTHERS)
+        sha256 = tensors_hash(self.model)  # of the weights as they are in the file
         self.model = self.model.to(device, dtype if self.is_clip else without_float16(dtype))
-        self.length, self.dim = config.max_position_embeddings if self.is_clip else 120, config.hidden_size
+        config = self.model.config.get_text_config()
+        most = getattr(config, "max_position_embeddings", None)  # T5 has no such limit
+        self.length = length or (most if self.is_clip else 256 if self.pads_with_zeros else 120)
+        if most and self.length > most:
+            raise ValueError(f"it reads {most} tokens, and caption_length is {self.length}")
+        self.dim = config.hidden_size
         self.about = {"length": self.length, "dim": self.dim, "sha256": sha256}
         if any(part in name.lower() for part in QUICK_GELU) and config.hidden_act != "quick_gelu":
             raise ValueError(f"its config says hidden_act {config.hidden_act}, but it was trained with quick_gelu")
 
     def tokens(self, captions):
-        """Return token ids (B,L), and for T5, which gets captions as they are, a mask."""
+        """Return token ids (B,L), and for all but CLIP, which get captions as they are, a mask."""
         batch = self.tokenizer([clean(c) if self.is_clip else c for c in captions], padding="max_length",
                                max_length=self.length, truncation=True, return_tensors="pt").to(self.model.device)
         if self.is_clip:  # padded with 0 as by open_clip, and not masked: the released network attends to the padding
@@ -65,16 +78,20 @@ class TextEncoder:
 
     @torch.no_grad()
     def __call__(self, captions):
-        return self.model(**self.tokens(captions)).last_hidden_state.float()
+        tokens = self.tokens(captions)
+        hidden = self.model(**tokens).last_hidden_state.float()
+        if self.pads_with_zeros:  # not multiplied: a caption without any token may give NaN
+            hidden = hidden.masked_fill(tokens["attention_mask"].unsqueeze(-1) == 0, 0)
+        return hidden
 
 
 class Words:
     """Stand-in without weights: for each word a vector plus its position's, as the network adds none: (B, 16, 128)."""
-    length, dim = 16, 128
-    about = {"length": length, "dim": dim}
+    dim = 128
 
-    def __init__(self, device="cpu"):
-        self.device = device
+    def __init__(self, device="cpu", length=0):
+        self.device, self.length = device, length or 16
+        self.about = {"length": self.length, "dim": self.dim}
 
     def longer(self, captions):
         return sum(len(words_of(caption)) > self.length for caption in captions)
@@ -121,9 +138,12 @@ def warn_of_cut(count, encoder):
               "reads: their ends are cut off", file=sys.stderr)
 
 
-def load_text_encoder(name, device="cpu", dtype=None):
-    """Load "words", or CLIP or T5 of a folder or hub id; dtype None is what compute_dtype("auto") says."""
+def load_text_encoder(name, device="cpu", dtype=None, length=0):
+    """Load "words", or a model of a folder or hub id; dtype None is what compute_dtype("auto") says.
+
+    length: tokens of a caption; 0: as many as the model's kind has.
+    """
     if name == "words":
-        return Words(device)
+        return Words(device, length)
     with reading(f"text encoder {name}", BY_HAND):
-        return TextEncoder(str(name), device, dtype or compute_dtype("auto", torch.device(device)))
+        return TextEncoder(str(name), device, dtype or compute_dtype("auto", torch.device(device)), length)

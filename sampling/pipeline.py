@@ -61,7 +61,7 @@ def load(path, device=None, *, vae="", text_encoder="", dtype="auto", offload="a
     if data["vae"].get("shift") is False:
         vae.shift = 0.0
     of_run, name = data["text_encoder"], text_encoder or data["text_encoder"]["name"]
-    text_encoder = load_text_encoder(name, home, dtype)
+    text_encoder = load_text_encoder(name, home, dtype, of_run.get("length", 0) if name == of_run["name"] else 0)
     if name == of_run["name"] and (text_encoder.about | of_run).get("sha256") != text_encoder.about.get("sha256"):
         raise ValueError(f"text encoder {name} is not the one that {path} was trained with: restore it, or give its "
                          "place with --text_encoder")

@@ -123,6 +123,15 @@ def test_captions_in_8_bits(whole, tmp_path):
         Dataset([whole, tmp_path / "int8"], 8)
 
 
+def test_captions_of_another_length(whole, tmp_path, capsys):
+    prepare(*SHAPES, "--out", tmp_path / "short", "--caption_length=7")
+    assert "50 of the captions are longer than the 7 tokens" in capsys.readouterr().err
+    (_, x), (_, y) = (rows_of(Dataset(folder, 8), range(50)) for folder in (whole, tmp_path / "short"))
+    np.testing.assert_array_equal(x[:, :7], y)
+    with pytest.raises(ValueError, match="length: 16 there, 7 now"):
+        Dataset([whole, tmp_path / "short"], 8)
+
+
 def test_mirrored_and_moved_copies_go_with_their_picture(tmp_path):
     rows = [np.asarray(shapes.scene(i, size=24)[0], float) for i in range(25)]
     for i, row in enumerate(rows):

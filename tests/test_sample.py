@@ -37,7 +37,7 @@ def write_run(folder, vae="pixels", config=CONFIG, more=()):
         tensors |= {prefix + n: p.detach() + 0.05 * torch.randn(p.shape) for n, p in net.named_parameters()}
     vae = vae if isinstance(vae, dict) else encoders.describe_vae(encoders.load_vae(vae), vae)
     run = {"config": asdict(config), "step": 6, "settings": {"max_steps": 6, "sample_guidance": 2.0},
-           "data": {"vae": vae, "text_encoder": {"name": "words", "length": 16, "dim": 128}, "words": WORDS}}
+           "data": {"vae": vae, "text_encoder": {"name": "words", "length": 20, "dim": 128}, "words": WORDS}}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "step_00000006.safetensors", {"run": json.dumps(run)})
     return folder / "step_00000006.safetensors"
@@ -51,6 +51,10 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def loaded(run):
     return sample.load(run, "cpu")
+
+
+def test_captions_are_as_long_as_in_training(loaded):
+    assert loaded.text_encoder(PROMPTS).shape == (3, 20, 128)
 
 
 def draw(loaded, prompts=PROMPTS[:1], steps=2, **options):

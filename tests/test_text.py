@@ -78,13 +78,18 @@ def test_embeddings_are_the_last_layers_without_any_mask_but_the_causal_one(clip
         torch.testing.assert_close(encode(captions), expected, atol=2e-5, rtol=1e-4)
 
 
-def test_t5_masks_the_padding_and_keeps_120_tokens(tmp_path):
+def write_word_tokenizer(folder, **special):
+    """A tokenizer of a few words, which ends a caption with </s>"""
     words = ["<pad>", "</s>", "<unk>", "a", "photo", "of", "cat", "dog"]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
-    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(tmp_path)
+    special = {"eos_token": "</s>", "unk_token": "<unk>"} | special
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+
+
+def test_t5_masks_the_padding_and_keeps_120_tokens(tmp_path):
+    write_word_tokenizer(tmp_path, pad_token="<pad>")
     model = T5EncoderModel(T5Config(vocab_size=8, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)).eval()
     model.save_pretrained(tmp_path)
     encode = encoders.load_text_encoder(str(tmp_path))
@@ -94,6 +99,41 @@ def test_t5_masks_the_padding_and_keeps_120_tokens(tmp_path):
         expected = model(torch.tensor([[3, 4, 5, 3, 6, 1]])).last_hidden_state
     torch.testing.assert_close(out[:1, :6], expected, atol=1e-5, rtol=1e-4)
     assert encode.tokens(["A dog"])["input_ids"][0, :3].tolist() == [2, 7, 1]  # T5 is given captions as they are
+
+
+SHAPE = {"vocab_size": 8, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512}
+FLAN = {"vocab_size": 8, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+FAMILIES = {  # those that write text on, as they are published, and an encoder beside the decoder that it came with
+    "Qwen3": lambda t: t.Qwen3ForCausalLM(t.Qwen3Config(**SHAPE)),
+    "Gemma2": lambda t: t.Gemma2ForCausalLM(t.Gemma2Config(**SHAPE, query_pre_attn_scalar=8, sliding_window=4)),
+    "Llama": lambda t: t.LlamaForCausalLM(t.LlamaConfig(**SHAPE)),
+    "Flan-T5": lambda t: t.T5ForConditionalGeneration(t.T5Config(**FLAN, feed_forward_proj="gated-gelu"))}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_long_captions_through_other_models(tmp_path, family):
+    torch.manual_seed(0)
+    whole = FAMILIES[family](transformers).eval()
+    whole.save_pretrained(tmp_path)
+    write_word_tokenizer(tmp_path)  # it names no padding
+    encode = encoders.load_text_encoder(str(tmp_path), length=200)
+    captions = ["a photo of a cat " * 30, "A dog", "a cat " * 150]
+    out = encode(captions)
+    assert out.shape == (3, 200, 32) == (3, encode.length, encode.dim) and encode.longer(captions) == 1
+    inner = whole.encoder if family == "Flan-T5" else whole.model
+    for row, caption, tokens in zip(out, captions, (151, 3, 200)):
+        ids = encode.tokenizer(caption, truncation=True, max_length=200)["input_ids"]
+        with torch.no_grad():
+            expected = inner(torch.tensor([ids])).last_hidden_state[0]
+        assert len(ids) == tokens
+        torch.testing.assert_close(row[:tokens], expected, atol=1e-5, rtol=1e-4)
+        assert family == "Flan-T5" or not row[tokens:].any()
+    assert encode([""]).isfinite().all()
+    assert encoders.load_text_encoder(str(tmp_path)).length == (120 if family == "Flan-T5" else 256)
+    if family != "Flan-T5":
+        with pytest.raises(ValueError, match="it reads 512 tokens, and caption_length is 513"):
+            encoders.load_text_encoder(str(tmp_path), length=513)
 
 
 WEIGHTS = "model.safetensors"
@@ -158,7 +198,7 @@ def test_captions_that_are_cut_are_counted(clip, capsys):
 
 @pytest.mark.parametrize("name, config, message", [
     ("no/such-model", {}, "couldn't connect.*--text_encoder FOLDER"), ("{folder}", {}, "model_type"),
-    ("{folder}", {"model_type": "bert"}, "CLIP and T5 are understood"), ("word", {}, "encoder word cannot be used")])
+    ("{folder}", {"model_type": "bert"}, "has no tokenizer"), ("word", {}, "encoder word cannot be used")])
 def test_what_cannot_be_loaded_says_why(tmp_path, name, config, message):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
