@@ -41,6 +41,15 @@ def cc12m(root):
     return {"A red boat in Paris", "A dog"}, {"too small": 1}
 
 
+def cc12m_long(root):
+    """As img2dataset makes them of a table whose captions are in another column"""
+    long = "The image shows a red boat in Paris, moored at a quay. " * 12
+    meta = encode({"url": "http://x/y.jpg", "caption": long, "caption_llava": long, "key": "000", "status": "success"})
+    files = [("000.jpg", picture(1)), ("000.txt", long.encode()), ("000.json", meta)]
+    write(root, {"cc12m_long/00000.tar": tar_bytes(files), "cc12m_long/00000.parquet": b"PAR1"})
+    return {long.strip()}, {}
+
+
 def textcaps(root):
     ids = [f"00{i}a6ef3c0bf4ed" for i in range(2)]
     files = [("train_images/", b""), *((f"train_images/{name}.jpg", picture(1)) for name in (*ids, "ffff6ef3c0bf4ed0"))]
@@ -93,8 +102,8 @@ def documented(section):
     return shlex.split(line)
 
 
-SETS = {"SA-1B": sa1b, "CC12M": cc12m, "TextCaps": textcaps, "JourneyDB": journeydb, "DiffusionDB": diffusiondb,
-        "COCO val2014": coco}
+SETS = {"SA-1B": sa1b, "CC12M": cc12m, "CC12M with long captions": cc12m_long, "TextCaps": textcaps,
+        "JourneyDB": journeydb, "DiffusionDB": diffusiondb, "COCO val2014": coco}
 
 
 @pytest.mark.parametrize("section", SETS)
