@@ -22,9 +22,10 @@ from pictures.archives import ARCHIVES, members
 from pictures.decode import Unusable
 
 # fields in published sets
-FILE_FIELDS = ("file_name", "img_path", "image_path", "filepath", "image", "img", "filename", "file", "path", "url")
+FILE_FIELDS = ("file_name", "img_path", "image_path", "filepath", "image", "img", "filename", "file", "path",
+               "output_image", "url")
 ID_FIELDS = ("image_name", "image_id", "name", "item_id")  # they count if no file is named, or if they are its name
-CAPTION_FIELDS = ("caption", "prompt", "caption_str", "text", "title")
+CAPTION_FIELDS = ("caption", "prompt", "caption_str", "text", "title", "input_prompt")
 TABLES = (".json", ".jsonl", ".tsv", ".csv")
 TEXTS = (".txt", ".caption", ".json")  # what is read of what lies beside pictures
 MOST_BYTES_OF_TABLE = 2 ** 30  # of captions

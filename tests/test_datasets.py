@@ -50,6 +50,32 @@ def cc12m_long(root):
     return {long.strip()}, {}
 
 
+def blip3o_60k(root):
+    files = {f"{name}.tar": tar_bytes([(f"{name}{i}.jpg", picture(i)), (f"{name}{i}.txt", f"{name} {i}".encode())])
+             for i, name in enumerate(("geneval_train", "object_1"))}
+    write(root, {f"blip3o_60k/{name}": data for name, data in files.items()})
+    return {"geneval_train 0", "object_1 1"}, {}
+
+
+def dalle3(root):
+    """The files that the page's lines write"""
+    for i, caption in enumerate((b"a castle", b"")):
+        name = f"dalle3/pictures/train-00000-of-00067/{i:05d}"
+        write(root, {f"{name}.jpg": picture(i, "PNG"), f"{name}.txt": caption})
+    return {"a castle"}, {"no caption": 1}
+
+
+def sharegpt4o(root):
+    names = [f"text_to_image/{i}.jpg" for i in range(3)]
+    table = [{"input_prompt": f"an owl, {i}", "output_image": name, "output_image_resolution": [1024, 1024]}
+             for i, name in enumerate(names)]
+    write(root, {"sharegpt4o/text_to_image.json": encode(table)})
+    for part, inside in enumerate((names[:2], names[2:])):
+        tar = tar_bytes([(name, picture(part)) for name in inside])
+        write(root, {f"sharegpt4o/text_to_image_part_{part}.tar": tar})
+    return {"an owl, 0", "an owl, 1", "an owl, 2"}, {}
+
+
 def textcaps(root):
     ids = [f"00{i}a6ef3c0bf4ed" for i in range(2)]
     files = [("train_images/", b""), *((f"train_images/{name}.jpg", picture(1)) for name in (*ids, "ffff6ef3c0bf4ed0"))]
@@ -96,14 +122,16 @@ def coco(root):
 
 def documented(section):
     """The prepare_latents.py command of a section, as words"""
-    text = (ROOT / "docs/datasets.md").read_text(encoding="utf-8").split(f"\n## {section}\n")[1].split("\n## ")[0]
+    page = (ROOT / "docs/datasets.md").read_text(encoding="utf-8")
+    text = re.split("\n###? ", re.split(f"\n###? {section}\n", page)[1])[0]
     block = re.search(r"```sh\n(.*?)```", text, re.S)[1].replace("\\\n", " ")
     (line,) = [line for line in block.splitlines() if "prepare_latents.py" in line]
     return shlex.split(line)
 
 
 SETS = {"SA-1B": sa1b, "CC12M": cc12m, "CC12M with long captions": cc12m_long, "TextCaps": textcaps,
-        "JourneyDB": journeydb, "DiffusionDB": diffusiondb, "COCO val2014": coco}
+        "JourneyDB": journeydb, "DiffusionDB": diffusiondb, "BLIP3o-60k": blip3o_60k, "DALL-E 3": dalle3,
+        "ShareGPT-4o-Image": sharegpt4o, "COCO val2014": coco}
 
 
 @pytest.mark.parametrize("section", SETS)
