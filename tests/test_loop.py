@@ -67,7 +67,7 @@ def everything(made):
                                 *made.optimizer.tensors().values())]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw16", "muon"])
 def test_a_step_without_finite_gradients_changes_nothing(run, optimizer):
     made = run(3, optimizer=optimizer)
     before = everything(made)
@@ -87,7 +87,28 @@ def test_half_precision_is_of_the_computation_alone(run, dtype):
     assert {p.dtype for p in half} == {torch.float32} and not all(torch.equal(a, b) for a, b in zip(half, full))
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_averages_of_16_bits_follow_those_of_32(run):
+    start, draws = torch.randn(512, generator=torch.Generator().manual_seed(1)), torch.Generator().manual_seed(0)
+    a, b = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    options = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+    theirs, ours = torch.optim.AdamW([a], **options), optimizer.AdamW16([b], **options)
+    for _ in range(1500):
+        a.grad = torch.randn(512, generator=draws) + 0.3
+        b.grad = a.grad.clone()
+        theirs.step()
+        ours.step()
+    ratio = ours.state[b]["exp_avg_sq"].float() / theirs.state[a]["exp_avg_sq"]
+    assert abs(ratio.mean() - 1) < 0.005 and ratio.std() < 0.05
+    assert (a - b).norm() < 0.02 * (a - start).norm()
+    made = run(3, optimizer="adamw16")
+    other, kept = train.new_state(TINY, dict(RUN), CPU.device), made.optimizer.tensors()
+    other.optimizer.load(dict(kept))
+    assert {t.dtype for t in kept.values()} == {torch.bfloat16, torch.float32}
+    for name, tensor in other.optimizer.tensors().items():
+        assert tensor.dtype == kept[name].dtype and torch.equal(tensor, kept[name]), name
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw16", "muon"])
 def test_float16_trains_as_float32_and_an_overflow_is_skipped(run, monkeypatch, kind):
     """The network's own gradients hardly fit into float16: it takes the scale for them to come out right"""
     settings = {"dtype": "float16", "optimizer": kind, "learning_rate": 1e-3}

@@ -11,6 +11,49 @@ FIRST_SCALE, SCALE_STEPS = 2.0 ** 16, 2000  # float16: the first scale of the lo
 FUSED = {".qkv.": 3, ".kv.": 2}  # parts of names, and how many matrices such a weight holds, one below the other
 
 
+class AdamW16(torch.optim.Optimizer):
+    """AdamW with its averages in bfloat16, in half of the memory. Nothing changes while found_inf is true.
+
+    They are rounded up or down by chance: to the nearest number, they would not move by a thousandth.
+    """
+
+    def __init__(self, params, lr, betas, eps, weight_decay):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.found_inf = torch.zeros((), device=self.param_groups[0]["params"][0].device)
+
+    @torch.no_grad()
+    def step(self):
+        bad = self.found_inf > 0
+        for group in self.param_groups:
+            (beta1, beta2), lr = group["betas"], torch.where(bad, 0.0, group["lr"])
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p]
+                if not state:
+                    state["step"] = torch.zeros((), device=p.device)
+                    state |= {key: torch.zeros_like(p, dtype=torch.bfloat16) for key in ("exp_avg", "exp_avg_sq")}
+                grad = torch.where(bad, 0.0, p.grad)
+                state["step"] += torch.where(bad, 0.0, 1.0)
+                steps = state["step"].clamp(min=1)
+                means = [state["exp_avg"].float().lerp_(grad, torch.where(bad, 0.0, 1 - beta1)),
+                         state["exp_avg_sq"].float().lerp_(grad.square(), torch.where(bad, 0.0, 1 - beta2))]
+                size = (means[1] / (1 - beta2 ** steps)).sqrt_().add_(group["eps"])
+                update = (means[0] * (1 / (1 - beta1 ** steps))).div_(size)
+                for key, mean in zip(("exp_avg", "exp_avg_sq"), means):
+                    state[key].copy_(rounded_by_chance(mean, p))
+                p.mul_(1 - lr * group["weight_decay"]).sub_(update.mul_(lr))
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)  # which makes them what the weights are
+        for state in self.state.values():
+            state |= {key: state[key].bfloat16() for key in ("exp_avg", "exp_avg_sq")}
+
+
+def rounded_by_chance(x, source):
+    """Round float32 to what bfloat16 holds, up or down. Chance is in the last bits of source, so that runs repeat."""
+    noise = source.view(torch.int32) * -1640531535 >> 16 & 0xFFFF  # of a product with 2^32 / 1.618, the first bits
+    return (x.view(torch.int32) + noise & -0x10000).view(torch.float32)
+
+
 class Muon(torch.optim.Optimizer):
     """Takes params of shape (..., rows, columns), or of convolutions, (O,I,h,w), as matrices of O rows.
 
@@ -71,15 +114,16 @@ def is_block_matrix(name, parameter):
 
 
 class Optimizer:
-    """Is AdamW, or with kind "muon" Muon where is_matrix(name, parameter) is true, and AdamW for all else."""
+    """Is AdamW or AdamW16, or with kind "muon" Muon where is_matrix(name, parameter) is true and AdamW for all else."""
 
     def __init__(self, net, kind, lr, *, betas, weight_decay, momentum=0.95, is_matrix=is_block_matrix, float16=False):
         named = dict(net.named_parameters())
         self.device = next(iter(named.values())).device
         matrices = [n for n, p in named.items() if kind == "muon" and is_matrix(n, p)]
         rest = [n for n in named if n not in matrices]
-        adamw = torch.optim.AdamW([named[n] for n in rest], lr, betas=betas, eps=1e-8, weight_decay=weight_decay,
-                                  fused=self.device.type != "mps")
+        of_all = {"betas": betas, "eps": 1e-8, "weight_decay": weight_decay}
+        adamw = (AdamW16([named[n] for n in rest], lr, **of_all) if kind == "adamw16" else
+                 torch.optim.AdamW([named[n] for n in rest], lr, **of_all, fused=self.device.type != "mps"))
         self.parts = [(adamw, rest)]  # [(optimizer, names of its parameters)]
         if matrices:
             pieces = [next((k for part, k in FUSED.items() if part in n), 1) for n in matrices]
