@@ -44,7 +44,7 @@ def picture_grid(images, columns, captions=(), cell=128):
     shown = [enlarged(image, cell) for image in images]
     font = ImageFont.load_default(11)
     w, h = shown[0].size
-    lines = [textwrap.wrap(text, w // 6)[:6] for text in captions]  # a letter is some 6 pixels wide
+    lines = [textwrap.wrap(text, w * 3 // 20)[:6] for text in captions]  # letters are 6 to 7 pixels wide
     text_height = 13 * max(map(len, lines), default=0)
     rows = math.ceil(len(shown) / columns)
     size = columns * (w + GAP) + GAP, rows * (h + text_height + GAP) + GAP

@@ -11,14 +11,14 @@ from model import MicroDiT, MicroDiTConfig
 from training.meter import count_flops
 
 CONFIGS = sorted(p.stem for p in (ROOT / "config").glob("[!_]*.py"))
-SMALL = ("--latent_size=8", "--dim=32", "--depth=2", "--head_dim=8", "--mlp_multiple=8", "--mixer_depth=1",
-         "--mixer_dim=16", "--batch_size=8")
+SMALL = ("--latent_size=8", "--patch_size=2", "--dim=32", "--depth=2", "--head_dim=8", "--mlp_multiple=8",
+         "--mixer_depth=1", "--mixer_dim=16", "--batch_size=8")
 
 
 def read(name):
     """(its settings, its network's)"""
     s = script_settings("train.py", f"config/{name}.py")
-    width = {"caption_dim": 128} if name in ("tiny", "small") else {}  # the stand-in's
+    width = {"caption_dim": 128} if name in ("tiny", "small", "emoji") else {}  # the stand-in's
     return s, MicroDiTConfig(**{f.name: s[f.name] for f in fields(MicroDiTConfig) if f.name in s}, **width)
 
 

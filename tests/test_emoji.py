@@ -81,7 +81,7 @@ def test_a_run_of_emoji_is_judged_by_the_nearest(tmp_path):
     for line in (f"train_vae.py --source emoji --font {FONT} --max_steps 2 --width 48 --resolution 16 --out runs/vae",
                  f"prepare_latents.py --source emoji --font {FONT} --resolutions 16 --vae runs/vae/vae.safetensors "
                  "--flips --shifts 4 --out data",
-                 f"train.py config/tiny.py --data data --max_steps 1 --out runs/emoji {small}",
+                 f"train.py config/emoji.py --data data --max_steps 1 --out runs/emoji {small}",
                  "eval_fid.py --checkpoint runs/emoji --steps 1"):
         launch(*line.split(), cwd=tmp_path)
     other = tmp_path / "other.ttf"
