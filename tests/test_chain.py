@@ -1,14 +1,21 @@
 """The paper's four phases, each from the one before: the real configs scaled down, one of them in two processes."""
 import json
+import shlex
 
 import torch
-from conftest import launch, weights
+from conftest import ROOT, launch, weights
 
 from training import checkpoint
 
-SMALL = ("--dim=32", "--depth=2", "--head_dim=8", "--mlp_multiple=8", "--mixer_depth=1", "--mixer_dim=16",
-         "--num_experts=2", "--batch_size=8", "--micro_batch_size=2", "--compile=false", "--log_every=1",
-         "--eval_every=4", "--sample_every=0", "--max_steps=4", "--checkpoint_every=2", "--ema_start=3")
+SMALLER = ("--dim=32", "--depth=2", "--head_dim=8", "--mlp_multiple=8", "--mixer_depth=1", "--mixer_dim=16",
+           "--num_experts=2", "--batch_size=8", "--micro_batch_size=2", "--log_every=1", "--eval_every=4",
+           "--sample_every=0", "--max_steps=4", "--checkpoint_every=2", "--ema_start=3")
+
+
+def rehearsal():
+    """What docs/budget.md adds to each phase's config"""
+    line = (ROOT / "docs/budget.md").read_text().replace("\\\n", " ").split("../train.py config/$phase.py")[1]
+    return shlex.split(line.split("||")[0])
 
 
 def test_the_four_phases(tmp_path):
@@ -20,11 +27,11 @@ def test_the_four_phases(tmp_path):
     rows = [row | {"width": 700, "height": 512 if i % 3 else 511} for i, row in enumerate(rows)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    found, start = [], []
+    found, start, small = [], [], (*rehearsal(), *SMALLER)
     for name, size, rows, processes in (("xl2_256", 8, 100, 1), ("xl2_256_unmasked", 8, 100, 2),
                                         ("xl2_512", 16, 86, 1), ("xl2_512_unmasked", 16, 86, 1)):
         run, second = tmp_path / "runs" / name, f"{tmp_path / 'b'}@512" if size == 16 else tmp_path / "b"
-        printed = launch("train.py", f"config/{name}.py", *SMALL, *start, "--data", tmp_path / "a", second,
+        printed = launch("train.py", f"config/{name}.py", *small, *start, "--data", tmp_path / "a", second,
                          f"--val_data={tmp_path / 'val'}", f"--latent_size={size}", f"--out={run}", processes=processes)
         # 60 and 40, or 60 and the 26 of 40 that are large enough
         assert f"{rows} pictures, 10 to validate on, 4 steps of 8 on {processes} x cpu" in printed

@@ -18,18 +18,18 @@ COMMANDS = {  # which test runs the commands of the pages that have such parts (
     "a download; tests/test_published.py has small ones": ("data/photos512", "--checkpoint VSehwag24", "FILE.pt"),
     "tests/test_datasets.py": ("sed -i", "torchrun --nproc_per_node=8 prepare_latents.py", "--source textcaps"),
     "tests/test_eval_fid.py has smaller ones": ("--captions coco", "--checkpoint runs/tiny", "--metrics nearest"),
-    "tests/test_emoji.py has smaller ones": ("--source emoji", "runs/emoji"),
-    "days of eight GPUs; tests/test_chain.py scales it down": ("phase", "done", "train.py config/xl2_"),
+    "tests/test_emoji.py has smaller ones": ("--source emoji", "runs/emoji", "config/emoji.py"),
+    "days of eight GPUs; tests/test_chain.py scales it down": (
+        "phase", "done", "train.py config/xl2_", "rehearsal", "cd ..", "../prepare_latents.py", "host="),
     "minutes or hours; tests/test_train.py trains less": ("runs/gelu", "runs/relu2", "train.py config/small.py",
-                                                         "runs/speed_", "for seed in", "--out data/shapes64",
-                                                         "--out data/small128", "runs/small"),
+                                                         "runs/speed_", "for seed in", "--out data/shapes64"),
     "tests/test_tiny.py trains a smaller one": ("python train_vae.py\n",),
     "up to an hour; tests/test_studies.py scales it down": ("studies.ablate", "runs/masking_vae"),
     "half an hour": ("tests/test_kills.py", "PAIRS=20"),
     "a part of the suite, and what Slurm's lines need": ("tests/test_gpu.py", "export TORCH_")}
 PARTS = [part for parts in COMMANDS.values() for part in parts]
 OTHERS = {"nproc_per_node", "nnodes", "rdzv-backend", "rdzv-endpoint", "rdzv-id", "max-restarts",
-          "help"}  # torchrun's and ours
+          "standalone", "help"}  # torchrun's and ours
 
 
 def commands(text):
@@ -45,7 +45,7 @@ def invocations(text):
     for line in commands(text) + inline:
         for words in map(shlex.split, re.split(r"&&|\|\||;", line)):
             module = [words[i + 1].replace(".", "/") + ".py" for i, word in enumerate(words) if word == "-m"]
-            script = (module + [word for word in words if word.endswith(".py")] + [""])[0]
+            script = (module + [word for word in words if word.endswith(".py")] + [""])[0].removeprefix("../")
             if script not in ("", "venv.py", "pytest.py"):
                 yield script, words
 
