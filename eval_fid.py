@@ -1,7 +1,7 @@
 """
-Pictures -> FID, CLIP-FID and CLIP score. Without any download, a network of the built-in set is scored by a reader, and
-one of emoji, or another small set, by whether what it draws is nearest to the right picture.
-OUT/results.json has the numbers and what they depend on: docs/evaluation.md explains them.
+Pictures -> FID, CLIP-FID and CLIP score. Without any download, a program reads what a network of the built-in set drew.
+For emoji, or another small set, it looks whether the right picture is the nearest to what was drawn.
+OUT/results.json has the numbers and what they depend on. docs/evaluation.md explains them.
 
     python eval_fid.py                                    # the newest run, if it was trained on `shapes` or `emoji`
     python eval_fid.py --checkpoint runs/NAME --metrics nearest --reference photos/  # of a small set, by its captions
@@ -15,22 +15,24 @@ from configurator import configure
 # What stands in parentheses is checked.
 checkpoint = ""            # checkpoint file or run folder; empty: the newest run
 images = ""                # folder of pictures to judge instead
-captions = ""              # prompts: .txt, one a line; a table of captions (.json, .jsonl, .tsv, .csv), COCO's too;
-                           # shapes, shapes_unseen, emoji, emoji_unseen; empty: both of a set, or those inside --images
-count = 0                  # number of prompts, chosen by chance; 0: all, of shapes and emoji 256 (>= 0)
-reference = ""             # folder of real pictures, or .npz of their statistics, as an earlier OUT/reference.npz; for
-                           # nearest pictures with captions, as prepare_latents.py takes them; empty: emoji_all
-matched = False            # of the reference folder only the pictures whose captions are the prompts
-metrics = ()               # empty: attributes for shapes, nearest for emoji, for others the first three
+captions = ""              # prompts: a .txt with one in each line; a table of captions (.json, .jsonl, .tsv, .csv),
+                           # COCO's too; shapes, shapes_unseen, emoji, emoji_unseen; empty: both of the run's set, or
+                           # those inside --images
+count = 0                  # number of prompts, chosen by chance; 0: all, but 256 of shapes and emoji (>= 0)
+reference = ""             # folder of real pictures, or .npz of their statistics, such as an earlier OUT/reference.npz;
+                           # for nearest: pictures with captions, as prepare_latents.py takes them; empty: emoji_all
+matched = False            # compare only with the pictures of the reference whose captions are the prompts
+metrics = ()               # empty: attributes for shapes, nearest for emoji, and else the first three
                            # (fid | clip_fid | clip_score | attributes | nearest)
 resolution = 0             # side at which pictures are compared; 0: that of the judged pictures (>= 0)
-resize = "clean"           # to Inception's 299 px as clean-fid or as the first FID code does (clean | tensorflow)
-inception = ""             # file of weights; empty: the published ones (96 MB); random: fixed ones, to compare runs
-guidance_scales = (-1.0,)  # one or more, each judged by itself; -1: as the run does (>= -1)
-steps = 30                 # sampler steps (>= 1)
-sampler = "heun"           # (heun | dpmpp_2m)
-font = ""                  # file of the font of emoji; empty: that of the run, or this computer's
-vae = ""                   # autoencoder, for nearest also with --images; empty: that of the checkpoint
+resize = "clean"           # how pictures get to Inception's 299 px: as in clean-fid, or in the first FID code
+                           # (clean | tensorflow)
+inception = ""             # file of weights; empty: the published ones (96 MB); random: fixed ones, to try things out
+guidance_scales = (-1.0,)  # one or more guidance scales, each scored by itself; -1: that of the run (>= -1)
+steps = 30                 # number of sampler steps (>= 1)
+sampler = "heun"           # as in sample.py (heun | dpmpp_2m)
+font = ""                  # file of the font that emoji are from; empty: that of the run, or this computer's
+vae = ""                   # autoencoder, which nearest needs with --images, too; empty: that of the checkpoint
 text_encoder = ""          # text encoder; empty: the one that the checkpoint was trained with
 batch_size = 32            # pictures generated at once, and shown to Inception and CLIP at once (>= 1)
 out = ""                   # folder of the pictures and results; empty: scores/NAME, by the run or images folder

@@ -18,11 +18,11 @@ folder_captions = ""       # "a photo of a {}": the caption of pictures that hav
 out = "data/shapes"        # folder to write
 vae = "pixels"             # autoencoder: "pixels", a folder, a .safetensors file or a hub id
 text_encoder = "words"     # text encoder: "words", a folder or a hub id
-caption_length = 0         # tokens of a caption that are kept; 0: 77 of CLIP, 120 of T5, 256 of others, 16 words (>= 0)
+caption_length = 0         # tokens of a caption to keep; 0: 77 for CLIP, 120 for T5, 16 for "words", else 256 (>= 0)
 resolutions = (32,)        # sides of the square pictures in pixels; pictures that are smaller are skipped (>= 1)
-limit = 0                  # use at most so many pictures; 0: use all, and 20,000 of "shapes" (>= 0)
-flips = False              # for small sets: store a mirrored copy of every picture, too
-shifts = 0                 # for small sets: store so many copies moved by up to a twelfth of the side (>= 0)
+limit = 0                  # use at most so many pictures; 0: all, but 20,000 of "shapes" (>= 0)
+flips = False              # store a mirrored copy of every picture, too, which helps small sets
+shifts = 0                 # store so many copies that are moved by up to a twelfth of the side (>= 0)
 caption_dtype = "float16"  # type of stored caption embeddings; int8 takes half the space (float16 | int8)
 workers = -1               # processes that decode pictures; 0: none; -1: one for each core (>= -1)
 device = "auto"            # cuda, mps or cpu; auto: the best that this machine has

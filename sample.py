@@ -18,7 +18,7 @@ checkpoint = ""        # checkpoint file or run folder; empty: the newest run
 images_per_prompt = 0  # number of pictures of each prompt; 0: 1, or GenEval's 4 (>= 0)
 out = "samples"        # folder of the pictures; nothing there is replaced
 steps = 30             # number of sampler steps (>= 1)
-guidance_scale = -1.0  # how strongly the prompt is followed; 1: no guidance, half the work; -1: as in the run
+guidance_scale = -1.0  # how strongly the prompt is followed; 1: no guidance, for half the work; -1: as the run does
 sampler = "heun"       # heun evaluates the network 2 steps - 1 times, dpmpp_2m steps times (heun | dpmpp_2m)
 sigma_max = 80.0       # noise level at which sampling starts (> 0.002)
 seed = 2024            # picture i starts from noise that depends on seed + i alone (>= 0, < 9e18)
@@ -26,10 +26,11 @@ batch_size = 16        # number of pictures that are drawn together (>= 1)
 vae = ""               # autoencoder; empty: the one that the checkpoint was trained with
 text_encoder = ""      # text encoder; empty: the one that the checkpoint was trained with
 device = "auto"        # cuda, mps or cpu; auto: the best there is
-dtype = "auto"         # of matrix products; auto: bfloat16 on cuda, float16 on older cards
+dtype = "auto"         # type of matrix products; auto: bfloat16 on cuda, but float16 on older cards
                        # (auto | bfloat16 | float16 | float32)
-offload = "auto"       # keep on the GPU only what is at work; auto: on GPUs below 16 GB (auto | yes | no)
-compile = False        # torch.compile: minutes at the start, faster pictures on a GPU
+offload = "auto"       # keep on the GPU only the part that is at work; auto: if it has less than 16 GB
+                       # (auto | yes | no)
+compile = False        # compile the network: it takes minutes at the start, and pictures on a GPU are faster
 
 if __name__ == "__main__":
     settings = configure(globals())

@@ -1,6 +1,5 @@
 """
-Prepared data -> checkpoints. A run that is started again goes on as if it had never stopped; with other processes the
-order of sums differs.
+Prepared data -> checkpoints. A run that is started again goes on as if it had never stopped.
 
     python train.py config/tiny.py                                   # the laptop run, some nine minutes
     python train.py config/tiny.py --mixer_depth 0 --out runs/no_mixer
@@ -13,10 +12,10 @@ from configurator import COMMANDS, configure
 # data and output
 data = ("data/shapes",)       # prepared folders (prepare_latents.py), used as one set; FOLDER@512 leaves out pictures
                               # whose shorter side had fewer pixels; random: rows for --check, without any folder
-val_data = ()                 # prepared folders to validate on; empty: some rows of each of `data`, never trained on
+val_data = ()                 # prepared folders to validate on; empty: 1 % of each of `data`, which is held out
 out = ""                      # run folder; empty: runs/ and the config's name
 init_from = ""                # start from the weights of this checkpoint or run folder
-init_optimizer = False        # start from the state of its optimizer, too
+init_optimizer = False        # with init_from: take the state of its optimizer, too
 # training
 batch_size = 2048             # pictures per step, over all processes (>= 1)
 micro_batch_size = 256        # pictures per forward pass of one process, at most (>= 1)
@@ -24,39 +23,40 @@ max_steps = 250_000           # steps in all (>= 1)
 unmasked_steps = 0            # number of final steps without masking (>= 0)
 mask_ratio = 0.75             # fraction of the patches dropped after the mixer (>= 0, < 1)
 mask = "random"               # which patches stay: any, or as many of each 2 x 2 (random | grouped)
-learning_rate = 2.4e-4        # at its peak (> 0)
+learning_rate = 2.4e-4        # learning rate at its peak (> 0)
 warmup_steps = 2500           # steps of linear warmup from 0 (>= 0)
-schedule = "cosine"           # after the warmup; trapezoid: falls in the second half (cosine | trapezoid | constant)
-min_learning_rate = 0.33      # where it ends, as a fraction of the peak (>= 0, <= 1)
-optimizer = "adamw"           # muon: Muon for the blocks' matrices, AdamW for all else; adamw16: AdamW with averages of
-                              # 16 bits, which takes 4.7 GB less of XL/2 (adamw | adamw16 | muon)
-beta2 = 0.999                 # AdamW's, of squared gradients; beta1 is 0.9 (>= 0, < 1)
-momentum = 0.95               # Muon's (>= 0, < 1)
-weight_decay = 0.1            # on every parameter (>= 0)
+schedule = "cosine"           # how the rate falls after the warmup; trapezoid: in the second half of the run
+                              # (cosine | trapezoid | constant)
+min_learning_rate = 0.33      # where the rate ends, as a fraction of its peak (>= 0, <= 1)
+optimizer = "adamw"           # muon: Muon for the blocks' matrices and AdamW for the rest; adamw16: AdamW with its
+                              # averages in 16 bits, which saves 4.7 GB with XL/2 (adamw | adamw16 | muon)
+beta2 = 0.999                 # AdamW's decay of the average of squared gradients; beta1 is 0.9 (>= 0, < 1)
+momentum = 0.95               # Muon's momentum (>= 0, < 1)
+weight_decay = 0.1            # weight decay of every parameter (>= 0)
 grad_clip = 0.25              # largest gradient norm; 0: no clipping (>= 0)
 p_mean = -0.6                 # noise levels are ln sigma ~ N(p_mean, p_std^2)
 p_std = 1.2                   # standard deviation of ln sigma (> 0)
-caption_dropout = 0.1         # captions replaced by zeros, for guidance (>= 0, < 1)
-ema_decay = 0.0               # moving average of the weights; 0: none (>= 0, < 1)
+caption_dropout = 0.1         # share of captions that are replaced by zeros, which guidance needs (>= 0, < 1)
+ema_decay = 0.0               # decay of a moving average of the weights; 0: no average (>= 0, < 1)
 ema_start = 0                 # step at which the average starts (>= 0)
-seed = 2024                   # of weights, data order, noise, masks and dropout (>= 0, < 9e18)
+seed = 2024                   # decides weights, data order, noise, masks and dropout (>= 0, < 9e18)
 # machine
 device = "auto"               # cuda, mps or cpu; auto: the best there is
-dtype = "auto"                # of matrix products, not of weights; auto: bfloat16 on cuda, float16 on older cards, with
-                              # loss scaling (auto | bfloat16 | float16 | float32)
-compile = False               # torch.compile: minutes at the start, faster steps on a GPU
-activation_checkpointing = False  # compute the blocks again in the backward pass: less memory, a third more work
+dtype = "auto"                # type of matrix products, while weights stay in float32; auto: bfloat16 on cuda, but
+                              # float16 with loss scaling on older cards (auto | bfloat16 | float16 | float32)
+compile = False               # compile the network: it takes minutes at the start, and steps on a GPU are faster
+activation_checkpointing = False  # compute the blocks again in the backward pass: less memory for a third more work
 # reporting
 log_every = 50                # steps between console lines (>= 1)
 eval_every = 500              # steps between validations; 0: never (>= 0)
 sample_every = 1000           # steps between grids of sample pictures; 0: never (>= 0)
 sample_guidance = 5.0         # guidance scale of those pictures, and of sample.py where --guidance_scale is not given
-checkpoint_every = 1000       # steps between checkpoints, besides the last; 0: only the last (>= 0)
-keep_checkpoints = 2          # older ones are deleted (>= 1)
+checkpoint_every = 1000       # steps between checkpoints; 0: only at the end (>= 0)
+keep_checkpoints = 2          # how many checkpoints are kept; older ones are deleted (>= 1)
 price = 0.0                   # dollars for an hour of one GPU, for --check (>= 0)
-wandb = ""                    # Weights & Biases project that gets the log too (pip install wandb); empty: none
-check = False                 # try links, a few steps, memory and disk, and say what the whole run takes; write nothing
-# The fields of model.MicroDiTConfig are settings, too (settings["dim"]), but for latent_channels and caption_dim
+wandb = ""                    # Weights & Biases project that gets the log, too (pip install wandb); empty: none
+check = False                 # try links, memory, disk and a few steps, say what the run would take, and write nothing
+# The fields of model.MicroDiTConfig are settings, too (settings["dim"]), except latent_channels and caption_dim
 
 if __name__ == "__main__":
     settings = configure(globals())

@@ -16,14 +16,14 @@ font = ""                   # file of the font that emoji are from; empty: this 
 out = "runs/vae"            # run folder
 resolution = 64             # side of the square pictures, in pixels (>= 8)
 limit = 8000                # use the first so many pictures of the source; they are kept in memory (>= 2)
-downsample = 8              # how many times smaller the sides of the latents are (4 | 8)
-latent_channels = 4         # numbers at each place of the latents: few, so that they say more than pixels do (>= 1)
+downsample = 8              # how many times smaller the sides of the latents are than those of the picture (4 | 8)
+latent_channels = 4         # numbers at each place of the latents; with few of them, networks learn faster (>= 1)
 width = 96                  # channels at the coarsest level; finer ones have fewer (>= 1)
-latent_noise = 0.6          # most noise added to latents, of variance 1: the decoder learns to mend errors (>= 0)
+latent_noise = 0.6          # most noise that is added to latents of variance 1, so that the decoder mends errors (>= 0)
 max_steps = 1500            # steps in all (>= 1)
 batch_size = 16             # pictures per step (>= 2)
-learning_rate = 4e-3        # of Muon for the convolutions, and of AdamW for all else; falls in the second half (> 0)
-seed = 2024                 # of weights, data order, flips and noise (>= 0, < 9e18)
+learning_rate = 4e-3        # learning rate, which falls in the second half (> 0)
+seed = 2024                 # decides weights, data order, flips and noise (>= 0, < 9e18)
 eval_every = 400            # steps between validations, reconstructions and saves of the state to go on from (>= 1)
 device = "auto"             # cuda, mps or cpu; auto: the best there is
 

@@ -91,7 +91,7 @@ class KLAutoencoder(Autoencoder):
 
     def __init__(self, config, name=""):
         if config.get("latents_mean"):
-            raise ValueError("its config.json has latents_mean, which is not built")
+            raise ValueError("its config.json has latents_mean, which is not supported")
         widths, layers, n = config["block_out_channels"], config["layers_per_block"], config["latent_channels"]
         groups = config.get("norm_num_groups", 32)
         super().__init__(config, name, 2 ** (len(widths) - 1))
@@ -187,6 +187,6 @@ def load_described_vae(described, device="cpu", dtype=None, tensors=None):
     vae = (build(described["config"], tensors, name).to(device, without_float16(dtype)) if tensors else
            load_vae(name, device, dtype))
     if sha256 and getattr(vae, "sha256", None) != sha256:
-        raise ValueError(f"autoencoder {name} is not the one that the latents are of: restore it or prepare them again")
+        raise ValueError(f"autoencoder {name} is not the one that made the latents: restore it, or prepare them again")
     vae.scaling_factor = described.get("scaling_factor") or vae.scaling_factor
     return vae

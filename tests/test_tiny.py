@@ -54,7 +54,7 @@ def test_a_checkpoint_that_carries_one_draws_without_it_and_exports_it(tmp_path,
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"sha256": "0" * 64}, "is not the one that the latents are of"),
+    ({"sha256": "0" * 64}, "is not the one that made the latents"),
     ({"config": config_for(8, 4, 48) | {"num_encoder_blocks": [0, 10 ** 9, 1]}}, "more layers than"),
     ({"config": config_for(8, 4, 96)}, "do not fit its config"), ({"config": 5}, "cannot be used")])
 def test_a_checkpoint_that_carries_another_one_is_refused(tmp_path, changes, words):
