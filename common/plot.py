@@ -5,7 +5,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 COLORS = ("#1f4ed8", "#d8401f", "#1f9d55", "#7a1fd8", "#c98a00", "#108fa3", "#d81f8c", "#555555", "#111111", "#b5a300")
 WIDTH, HEIGHT = 760, 440
-LEFT, RIGHT, TOP, BOTTOM = 74, 736, 40, 388  # of the axes
+LEFT, TOP, BOTTOM = 74, 40, 388  # of the axes
 
 
 def ticks(low, high, log):
@@ -34,20 +34,22 @@ def axis(values, log, start, end):
 
 def line_plot(lines, x_label, y_label, *, title="", log=""):
     """Draw {name: [(x, y), or (x, y, least, most) for a band]} as a PIL image; log: "x", "y" or "xy" is logarithmic."""
-    x_ticks, x_of = axis([p[0] for points in lines.values() for p in points], "x" in log, LEFT, RIGHT)
+    font = ImageFont.load_default(13)
+    right = max(WIDTH // 2, WIDTH - 24 - int(max(map(font.getlength, lines))))  # the names stand beside the axes
+    x_ticks, x_of = axis([p[0] for points in lines.values() for p in points], "x" in log, LEFT, right)
     y_ticks, y_of = axis([y for points in lines.values() for p in points for y in p[1:]], "y" in log, BOTTOM, TOP)
     image = Image.new("RGB", (WIDTH, HEIGHT), "white")
-    draw, font = ImageDraw.Draw(image, "RGBA"), ImageFont.load_default(13)
+    draw = ImageDraw.Draw(image, "RGBA")
     for value in y_ticks:
-        draw.line((LEFT, y_of(value), RIGHT, y_of(value)), "#e2e2e2")
+        draw.line((LEFT, y_of(value), right, y_of(value)), "#e2e2e2")
         draw.text((LEFT - 8, y_of(value)), f"{value:g}"[:7], "black", font, anchor="rm")
     for value in x_ticks:
         draw.line((x_of(value), BOTTOM, x_of(value), BOTTOM + 4), "black")
         draw.text((x_of(value), BOTTOM + 8), f"{value:g}"[:7], "black", font, anchor="mt")
-    draw.line((LEFT, TOP, LEFT, BOTTOM, RIGHT, BOTTOM), "black")
-    draw.text(((LEFT + RIGHT) / 2, HEIGHT - 8), x_label, "black", font, anchor="ms")
+    draw.line((LEFT, TOP, LEFT, BOTTOM, right, BOTTOM), "black")
+    draw.text(((LEFT + right) / 2, HEIGHT - 8), x_label, "black", font, anchor="ms")
     draw.text((8, 8), y_label + (" (logarithmic)" if "y" in log else ""), "black", font)
-    draw.text((RIGHT, 8), title, "black", font, anchor="ra")
+    draw.text((WIDTH - 8, 8), title, "black", font, anchor="ra")
     for n, (name, points) in enumerate(lines.items()):
         color, spots = COLORS[n % len(COLORS)], [(x_of(p[0]), y_of(p[1])) for p in points]
         if len(points[0]) == 4:
@@ -56,5 +58,5 @@ def line_plot(lines, x_label, y_label, *, title="", log=""):
         draw.line(spots, color, 3)
         for x, y in spots if len(spots) <= 6 else ():
             draw.ellipse((x - 4, y - 4, x + 4, y + 4), color)
-        draw.text((RIGHT - 8, TOP + 4 + 17 * n), name, color, font, anchor="ra")
+        draw.text((right + 12, TOP + 4 + 17 * n), name, color, font)
     return image

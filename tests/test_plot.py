@@ -13,9 +13,12 @@ def test_lines_go_where_their_points_are(tmp_path, log, height):
     lines = {"up": [(1, 1.0), (10, 10.0), (100, 100.0)], "band": [(1, 80.0, 70.0, 90.0), (100, 80.0, 70.0, 90.0)]}
     plot.line_plot(lines, "x", "y", title="t", log=log).save(tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as image:
-        other = np.abs(np.asarray(image).astype(int) - ImageColor.getrgb(plot.COLORS[0])).sum(-1)
-    ys, xs = np.nonzero(other[:, :plot.RIGHT - 26] < 12)  # without its name
-    left, middle, right = (ys[np.abs(xs - x) < 2].mean() for x in (xs.min(), (plot.LEFT + plot.RIGHT) / 2, xs.max()))
+        pixels = np.asarray(image).astype(int)
+    end = np.nonzero(pixels[plot.BOTTOM].sum(-1) == 0)[0].max()  # of the x axis, behind which the names stand
+    other = np.abs(pixels - ImageColor.getrgb(plot.COLORS[0])).sum(-1)
+    ys, xs = np.nonzero(other[:, :end + 6] < 12)
+    left, middle, right = (ys[np.abs(xs - x) < 2].mean() for x in (xs.min(), (plot.LEFT + end) / 2, xs.max()))
+    assert (other[:, end + 6:] < 12).any()  # its name
     assert left > right + 200 and (left - middle) / (left - right) == pytest.approx(height, abs=0.04)
 
 
