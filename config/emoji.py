@@ -1,5 +1,5 @@
 """
-The emoji of your own computer, in half an hour of one CPU core: 5.1 M parameters (docs/datasets.md).
+The emoji of your own computer, in an hour on a slow CPU and less on others: 5.1 M parameters (docs/datasets.md).
 
     python train_vae.py --source emoji --downsample 4 --max_steps 3000 --out runs/emoji_vae
     python prepare_latents.py --source emoji --vae runs/emoji_vae/vae.safetensors --resolutions 64 --out data/emoji
