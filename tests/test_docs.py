@@ -23,6 +23,7 @@ COMMANDS = {  # which test runs the commands of the pages that have such parts (
         "phase", "done", "train.py config/xl2_", "rehearsal", "cd ..", "../prepare_latents.py", "host="),
     "minutes or hours; tests/test_train.py trains less": ("runs/gelu", "runs/relu2", "train.py config/small.py",
                                                          "runs/speed_", "for seed in", "--out data/shapes64"),
+    "an edit of the repository, or what the quick start made": ("cp model.py", "a large pink ring"),
     "tests/test_tiny.py trains a smaller one": ("python train_vae.py\n",),
     "up to an hour; tests/test_studies.py scales it down": ("studies.ablate", "runs/masking_vae"),
     "half an hour": ("tests/test_kills.py", "PAIRS=20"),
@@ -95,9 +96,9 @@ def test_pictures_of_ones_own(tmp_path):
         Image.new("RGB", (72, 70), (30 * i, 90, 120)).save(tmp_path / f"photos/{i}.jpg")
         (tmp_path / f"photos/{i}.txt").write_text("a photo of a cat")
     fewer = {"train.py": ("--max_steps=2", "--unmasked_steps=1", "--batch_size=4", "--sample_every=0"),
-             "sample.py": ("--steps=2", "--out=samples"), "train_vae.py": ("--max_steps=2", "--width=48"),
+             "sample.py": ("--steps=2", "--out=samples"), "train_vae.py": ("--max_steps=2", "--width=32"),
              "eval_fid.py": ("--steps=2", "--metrics=fid", "--inception=random")}  # without the download
-    for line in commands(PAGES["README.md"]):
+    for line in sorted(commands(PAGES["README.md"]), key=lambda line: "training.export" in line):
         if any(part in line for part in COMMANDS["here"]):
             _, *words = shlex.split(line.replace("runs/tiny", "runs/photos").replace("-m training", "training"))
             launch(*words, *fewer.get(words[0], ()), cwd=tmp_path)
