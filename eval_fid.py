@@ -1,6 +1,6 @@
 """
-Pictures -> FID, CLIP-FID and CLIP score. Without any download, a program reads what a network of the built-in set drew.
-For emoji, or another small set, it looks whether the right picture is the nearest to what was drawn.
+Pictures -> FID, CLIP-FID and CLIP score. For `shapes`, a program checks what was drawn, and nothing is downloaded. For
+emoji, or another small set, it checks whether the picture that was meant is the nearest one to what was drawn.
 OUT/results.json has the numbers and what they depend on. docs/evaluation.md explains them.
 
     python eval_fid.py                                    # the newest run, if it was trained on `shapes` or `emoji`
@@ -98,7 +98,7 @@ def check_settings(chosen, distances, sources):
             (images and (checkpoint or count or tuple(guidance_scales) != (-1.0,)),
              "leave checkpoint, guidance_scales and count out with --images"),
             (distances and not is_folder and not (reference.endswith(".npz") and Path(reference).is_file()),
-             f"{' and '.join(distances)} need a --reference, a folder or an .npz: '{reference}' is none"),
+             f"{' and '.join(distances)} need a --reference: '{reference}' is neither a folder nor an .npz file"),
             (matched and not (distances and is_folder and captions and not prompts.in_order(captions)),
              "matched needs a --reference folder, and --captions that name its pictures")):
         if refused:
@@ -163,7 +163,8 @@ def load_reference(networks, file, side):
             about["made"] = "by another program, which does not say how: --resize must be what that used"
         now = network.about | {"resolution": side, "features": network.width}
         if differ := differences(about | {"features": len(mu)}, now):
-            raise ValueError(f"{path} was made otherwise ({'; '.join(differ)})")
+            raise ValueError(f"{path} does not fit these pictures ({'; '.join(differ)}): give the same settings, or "
+                             "a --reference folder")
         statistics[metric] = mu, sigma
         said[metric] = about | {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     return statistics, said
@@ -206,7 +207,7 @@ def print_results(entries, said, folder, side):
         for name, (right, of) in entry.get("attributes", {}).items():
             percents = [f"{100 * entry[column][name][0] / max(of, 1):5.1f} %" for column in COLUMNS]
             print(f"  {name:12} {percents[0]}  ({right} of {of};  shapes {percents[1]}, chance {percents[2]})")
-    print(f"all of it: {folder}")
+    print(f"all files are in {folder}")
 
 
 def choose_work(data):
@@ -277,7 +278,7 @@ def main():
     own_side = pipeline.size if run else min(open_image(sets[0].items[0][0]).size)
     side = resolution or own_side
     if side > own_side:
-        raise ValueError(f"resolution is {side}, and the pictures have {own_side} px")
+        raise ValueError(f"resolution is {side}: it must be at most {own_side}, the side of the pictures in pixels")
     known = None
     if "nearest" in chosen:
         networks["nearest"], known = known_pictures(pipeline.vae if run else load_vae(vae, torch_device), of_emoji,
@@ -287,7 +288,7 @@ def main():
     sets = pictures_to_generate(pipeline, prompt_lists, folder) if run else sets
     texts = [prompt.caption for pictures in sets for _, prompt in pictures.items]
     if missing := "nearest" in chosen and {*texts} - {*known[0]}:
-        raise ValueError(f"{reference or 'emoji_all'} has no picture for {len(missing):,} of the prompts, as "
+        raise ValueError(f"{reference or 'emoji_all'} has no picture for {len(missing):,} of the prompts, for example "
                          f"'{min(missing)}'")
     jobs = [job for pictures in sets for job in pictures.jobs()]
     protocol = {"images": images, "reference": reference, "matched": matched, "metrics": chosen, "resolution": side,

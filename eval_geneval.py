@@ -80,7 +80,7 @@ def report(records, results, folder, description):
     overall = scores["mean_of_tasks"]
     print(f"  images weigh equally           {100 * scores['mean_of_images']:6.2f} %\n  overall, tasks weigh equally   "
           + ("none, as not all six tasks are here" if overall is None else f"{100 * overall:6.2f} %"))
-    print(f"detector: {detector} {NOTE}\nall of it: {folder}")
+    print(f"detector: {detector} {NOTE}\nall files are in {folder}")
 
 
 def main():

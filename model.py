@@ -36,7 +36,7 @@ class MicroDiTConfig:
     mixer_mlp_ratio: float = 4.0                # MLP width / mixer_dim (> 0, <= 100)
     num_experts: int = 8                        # 0: dense MLPs everywhere (>= 0, <= 4096)
     expert_capacity: float = 2.0                # experts that process a token, on average (> 0)
-    moe_every: int = 2                          # every so many blocks one is sparse (>= 1)
+    moe_every: int = 2                          # of so many successive blocks, the last one has experts (>= 1)
     mixer_conv: bool = False                    # a depthwise 3x3 convolution in front of the mixer's MLPs; not the
                                                 # paper's, docs/masking.md says what it gains
 
@@ -56,7 +56,7 @@ class MicroDiTConfig:
 
 
 def round_up(n, multiple):
-    """Return the next multiple from n on, and at least one of it."""
+    """Round n up to a multiple of `multiple`, and to one of it at least."""
     return max(1, -(-n // multiple)) * multiple
 
 
@@ -295,7 +295,7 @@ def kept_patches(uniforms, mask_ratio, mask="random"):
         side, keep = math.isqrt(T), 4 * (1 - mask_ratio)
         if side % 2 or keep not in (1, 2, 3, 4):
             raise ValueError(f"mask_ratio {mask_ratio} of {side} x {side} patches: a grouped mask drops 0, 0.25, 0.5 "
-                             "or 0.75 of each 2 x 2, and needs an even number of them on a side")
+                             "or 0.75 of each 2 x 2 patches, and needs an even number of patches on a side")
         cells = patchify(torch.arange(T, device=uniforms.device).view(1, 1, side, side), 2)[0]   # (T/4, 4)
         order = uniforms[:, cells].argsort(-1)[..., :int(keep)]                                  # (B, T/4, kept ones)
         return cells.expand(B, -1, -1).gather(2, order).flatten(1)
@@ -409,7 +409,7 @@ def linspace(first, last, n):
 def denoise(net, x, sigma, caption, ids_keep=None):
     """Compute D(x; sigma) = c_skip x + c_out F(c_in x, ln(sigma)/4) (EDM, eq. 7): x (B,C,H,W), sigma (B,) -> (B,C,H,W).
 
-    In x's precision, except inside the network. With ids_keep the other patches mean nothing: their F is zero.
+    Computed in x's precision, except inside the network. With ids_keep ignore the other patches: their F is zero.
     """
     c_skip, c_out, c_in, c_noise = preconditioning(sigma.view(-1, 1, 1, 1).to(x.dtype))
     first = next(iter(getattr(net, "parameters", tuple)()), None)
@@ -427,8 +427,8 @@ def preconditioning(sigma):
 def edm_loss(net, latents, caption, sigma, noise, ids_keep=None, *, reduce=True):
     """Compute the weighted squared error of D (EDM, eq. 8) in float32: latents, noise (B,C,H,W), sigma (B,) -> scalar.
 
-    The mean over each picture's kept patches, then over pictures; reduce=False gives the B means. noise ~ N(0, 1). What
-    the network's forward() leaves as its attribute extra_loss, a scalar or (B,), is added in training, and its number
+    It is the mean over each picture's kept patches, then over pictures; with reduce=False the B means. noise ~ N(0, 1).
+    If the network's forward() sets its attribute extra_loss, a scalar or (B,), that is added in training, and its value
     stays there for the log.
     """
     inner = getattr(net, "module", net)  # of DDP
@@ -478,7 +478,7 @@ def sample(net, noise, caption, steps=30, guidance_scale=5.0, sampler="heun", *,
         return without + guidance_scale * (with_caption - without)
 
     sigmas = noise_levels(steps, sigma_max, sigma_min, rho)
-    x = noise.to(torch.float32 if noise.device.type == "mps" else torch.float64) * sigmas[0]  # which Macs lack
+    x = noise.to(torch.float32 if noise.device.type == "mps" else torch.float64) * sigmas[0]  # Macs lack float64
     return SAMPLERS[sampler](denoised, x, sigmas, on_step or (lambda denoised: None)).float()
 
 

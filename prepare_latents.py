@@ -54,18 +54,18 @@ from pictures.prepared import COPY, FORMAT, SHARD_SIZE, check_same_encoders, of_
 from pictures.sources import BUILT_IN, find_parts, fingerprint, limited, no_captions, shapes_parts
 
 BATCH_SIZE = 64  # pictures encoded at once
-# Settings that earlier versions had or had not, with the values that this one goes on with
+# Settings that not all versions have: a command without one is compared as if it had this value
 FORMER = {"root": "", "scaling_factor": 0.0, "min_size": 0, "nsfw_scores": "", "first_seed": 0, "clean_captions": False,
           "folder_captions": "", "font": "", "caption_length": 0}
-RECORDS = r"\d{5,}(-\d{4,})?\.(done\.json|skipped\.jsonl)"  # which go at the end; the second is of earlier versions
-# what this script writes but dataset.json
+RECORDS = r"\d{5,}(-\d{4,})?\.(done\.json|skipped\.jsonl)"  # deleted at the end; earlier versions wrote the second
+# every file that this script writes, except dataset.json
 OURS = rf"{RECORDS}|\d{{5,}}(-\d{{4,}})?\.((latents\d+|captions|scales)\.npy|rows\.jsonl)|skipped\.jsonl"
 
 
 def main():
     if source not in BUILT_IN and Path(out).absolute() == Path(source).absolute():
         raise ValueError(f"out is the source, {source}: give another folder")
-    with closing(Workers(0 if workers < 0 and source in BUILT_IN else workers)) as pool:  # which need no decoding
+    with closing(Workers(0 if workers < 0 and source in BUILT_IN else workers)) as pool:  # BUILT_IN need no decoding
         processes = join()
         unwritten = processes.from_first(set_up)
         if unwritten is not None:
@@ -104,9 +104,9 @@ def set_up():
     info = {"format": FORMAT, "complete": False, "rows": 0, "shards": [], "words": [], "caption_dtype": caption_dtype,
             "vae": describe_vae(autoencoder, vae), "text_encoder": {"name": text_encoder} | text.about, **content,
             "resolutions": list(resolutions), "settings": {k: v for k, v in settings.items() if k not in FREE},
-            "source_hash": hash_of(content | {"times in the source": ""})}  # which are no matter to a run
+            "source_hash": hash_of(content | {"times in the source": ""})}  # a run does not depend on the times
     before = described(folder, "dataset.json", OURS)
-    if before is None or before.get("skipped") and not before["rows"]:  # of which nothing could be used
+    if before is None or before.get("skipped") and not before["rows"]:  # at that time no picture could be used
         write_json(folder / "dataset.json", info)
     old = read_info(folder)
     same_command(folder, FORMER | old["settings"], FORMER | info["settings"], differences(old, content))

@@ -18,8 +18,8 @@ checkpoint = ""        # checkpoint file or run folder; empty: the newest run
 images_per_prompt = 0  # number of pictures of each prompt; 0: 1, or GenEval's 4 (>= 0)
 out = "samples"        # folder of the pictures; nothing there is replaced
 steps = 30             # number of sampler steps (>= 1)
-guidance_scale = -1.0  # how strongly the prompt is followed; 1: no guidance, for half the work; -1: as the run does
-sampler = "heun"       # heun evaluates the network 2 steps - 1 times, dpmpp_2m steps times (heun | dpmpp_2m)
+guidance_scale = -1.0  # how strongly the prompt is followed; 1: no guidance, which halves the work; -1: that of the run
+sampler = "heun"       # evaluations of the network: 2 * steps - 1 with heun, steps with dpmpp_2m (heun | dpmpp_2m)
 sigma_max = 80.0       # noise level at which sampling starts (> 0.002)
 seed = 2024            # picture i starts from noise that depends on seed + i alone (>= 0, < 9e18)
 batch_size = 16        # number of pictures that are drawn together (>= 1)

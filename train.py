@@ -22,7 +22,7 @@ micro_batch_size = 256        # pictures per forward pass of one process, at mos
 max_steps = 250_000           # steps in all (>= 1)
 unmasked_steps = 0            # number of final steps without masking (>= 0)
 mask_ratio = 0.75             # fraction of the patches dropped after the mixer (>= 0, < 1)
-mask = "random"               # which patches stay: any, or as many of each 2 x 2 (random | grouped)
+mask = "random"               # which patches stay: any, or equally many in each cell of 2 x 2 (random | grouped)
 learning_rate = 2.4e-4        # learning rate at its peak (> 0)
 warmup_steps = 2500           # steps of linear warmup from 0 (>= 0)
 schedule = "cosine"           # how the rate falls after the warmup; trapezoid: in the second half of the run
@@ -101,7 +101,7 @@ PATIENCE = timedelta(hours=1)  # how long to wait for another process; a large c
 
 
 def train(state, net, batches, report, processes):
-    """Train until max_steps or a signal; return its number or 0. net is state.net wrapped by DDP and compiled."""
+    """Train until max_steps or a signal; return the signal's number or 0. net is state.net, wrapped and compiled."""
     places = own_places(batch_size, micro_batch_size, processes.rank, processes.world)
     stream = batches.stream(range(state.step, max_steps), places, processes.device)
     signals, first_step, stop_signal = Signals(processes), state.step + 1, 0
@@ -129,7 +129,7 @@ def train(state, net, batches, report, processes):
 def make_step(state, net, stream, micros, masked, losses, world=1):
     """Make a step of this process's next `micros` micro-batches, and return the norm of its gradients, unclipped.
 
-    net is state.net in DDP and compile.
+    net is state.net, wrapped in DDP and compiled where that is wanted.
     """
     for m in range(micros):
         latents, captions, sigma, noise, uniforms = next(stream)
@@ -181,7 +181,7 @@ def is_due(step, every):
 def check_settings():
     """Refuse what cannot work, before anything is loaded."""
     if batch_size < world_size():
-        raise ValueError(f"batch_size {batch_size} is less than a picture for each of {world_size()} processes")
+        raise ValueError(f"batch_size {batch_size} is too small: each of {world_size()} processes needs a picture")
     if not data or "random" in data and not check:
         raise ValueError(f"data is {data}: name prepared folders; random is for --check alone")
     if wandb and not importlib.util.find_spec("wandb"):
@@ -196,7 +196,7 @@ def check_settings():
 def open_data():
     """Return (training set, its rows, validation set, its rows)."""
     if not Path(data[0]).exists() and any(f"--out {data[0]}" in command for command in COMMANDS):
-        raise ValueError(f"no prepared data in {data[0]}: {sys.argv[1]} says how: {' && '.join(COMMANDS)}")
+        raise ValueError(f"no prepared data in {data[0]}: run the commands of {sys.argv[1]}: {' && '.join(COMMANDS)}")
     if "random" in data:
         rows = RandomRows(settings["latent_size"], MicroDiTConfig.latent_channels, MicroDiTConfig.caption_dim)
         return rows, rows, rows, rows
@@ -229,11 +229,11 @@ def new_state(config, run, device):
 
 
 def load_autoencoder(described, path, processes):
-    """Load the autoencoder of the data if checkpoints, as `path`, carry it (in float32), or to draw sample pictures."""
+    """Load the data's autoencoder if checkpoints such as `path` carry it (in float32), or sample pictures need it."""
     carried = path and strip(read_tensors(path, ("vae.",))[1], "vae.")
     if "config" in described:
         return load_described_vae(described, processes.device, torch.float32, carried)
-    with not_worth_a_run("the autoencoder of sample pictures") if path else contextlib.nullcontext():
+    with not_worth_a_run("loading the autoencoder for sample pictures") if path else contextlib.nullcontext():
         return load_described_vae(described, processes.device) if sample_every and processes.rank == 0 else None
 
 
@@ -244,7 +244,7 @@ def wrap_network(net, processes):
         # pass. Large buckets keep the graphs few: about ten for XL/2.
         known = inspect.signature(DistributedDataParallel).parameters
         sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # of older versions
-        for p in net.parameters():  # else the first step of a run that goes on makes them beside DDP's buckets
+        for p in net.parameters():  # else the first step after a restart allocates gradients besides DDP's buckets
             p.grad = torch.zeros_like(p)
         net = DistributedDataParallel(net, gradient_as_bucket_view=True, bucket_cap_mb=512, **{sync: False})
     if compile:
@@ -259,7 +259,7 @@ def announce(state, rows, held, meter, processes):
     print(f"{out}: {parameters / 1e6:.1f} M parameters, {len(rows):,} pictures, {len(held):,} to validate on, "
           f"{max_steps:,} steps of {batch_size} on {processes.world} x {processes.device.type}"
           + f", going on from step {state.step:,}" * (state.step > 0)
-          + (f" (MFU is of {meter.measured / 1e9:,.0f} GFLOP/s, measured now)" if meter.measured else ""), flush=True)
+          + (f" (100 % MFU: {meter.measured / 1e9:,.0f} GFLOP/s, measured now)" if meter.measured else ""), flush=True)
 
 
 def main():
@@ -286,8 +286,8 @@ def main():
     meter = Meter(config, settings, train_set.info["text_encoder"]["length"], compute_dtype(dtype, device), processes,
                   masked_steps)
     if processes.world > 1 and meter.without_gradient:
-        raise ValueError(f"{', '.join(meter.without_gradient[:5])} of the network gets no gradient, which several "
-                         "processes cannot train: use it or take it out")
+        raise ValueError(f"the parameters {', '.join(meter.without_gradient[:5])} get no gradient, which several "
+                         "processes do not allow: use them in the network's forward(), or remove them")
     batches = Batches(train_set, rows, batch_size, tokens=config.tokens, seed=seed, p_mean=p_mean, p_std=p_std,
                       caption_dropout=caption_dropout, read_ahead=device.type == "cuda")
     announce(state, rows, val_rows, meter, processes)

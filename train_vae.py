@@ -128,19 +128,20 @@ def validate(model, step, held, log):
 
 
 def main():
-    if resolution % downsample or world_size() > 1:
-        raise ValueError(f"the resolution {resolution} must be a multiple of downsample {downsample}, and it trains in "
-                         "one process: start it with python, not with torchrun")
+    if resolution % downsample:
+        raise ValueError(f"resolution is {resolution}: it must be a multiple of downsample {downsample}")
+    if world_size() > 1:
+        raise ValueError("train_vae.py trains in one process: start it with python, not with torchrun")
     lock(out)
     file, state_file = Path(out) / "vae.safetensors", Path(out) / "state.safetensors"
     builtin = source == "shapes" and not font
     parts = shapes_parts(limit, resolution, limit) if builtin else find_parts(source, limit, font)
     config = config_for(downsample, latent_channels, width)
     known = described(out, "vae.json", OURS) or {}  # refuses a folder of others before the pictures are read
-    content = {} if "source_hash" in known else fingerprint(parts)  # that is of an earlier version
+    content = {} if "source_hash" in known else fingerprint(parts)  # an earlier version wrote source_hash instead
     command = {key: value for key, value in (settings | content).items()
-               if not key.startswith("captions") and (key, value) != ("font", "")}  # which earlier versions had not
-    command["outer_norms"] = config["outer_norms"]  # nor these layers, so that their states do not fit
+               if not key.startswith("captions") and (key, value) != ("font", "")}  # earlier versions had neither
+    command["outer_norms"] = config["outer_norms"]  # earlier versions lack these layers, so their states do not fit
     images = torch.from_numpy(read_squares(parts, limit, resolution, workers=0 if source in BUILT_IN else -1))
     held = torch.arange(len(images)) % max(100, len(images) // MOST_HELD) == 0  # of all classes of a sorted source
     images, held = images[~held], images[held]
@@ -148,7 +149,7 @@ def main():
     old, tensors = read_tensors(state_file, ("",)) if state_file.exists() else ({"step": 0}, {})
     step = old["step"]
     if step >= max_steps and file.exists():
-        return print(f"{file} is there already, of this very run")
+        return print(f"{file} is already finished: this same command made it")
 
     keep_freed_memory()
     torch.manual_seed(seed)

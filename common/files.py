@@ -74,7 +74,7 @@ def json_lines(path, lines):
 def whole(path):
     """Yield a path to write a file to, which takes the place of `path` when the block ends without an error.
 
-    It lies in a folder of its own. What a kill has left there goes when the file is written again, or by
+    It lies in a temporary folder. What a killed process left there is removed when the file is written again, or by
     folders.remove_leftovers().
     """
     path = Path(path)
@@ -103,7 +103,7 @@ def temporary_of(path):
 
 
 def is_there(path):
-    """Return whether a file is there, and remove what a kill has left of writing it."""
+    """Return whether a file is there, and remove what a process that was killed while writing it has left."""
     shutil.rmtree(temporary_of(path), ignore_errors=True)
     return Path(path).exists()
 
@@ -170,7 +170,7 @@ def line_of(value):
 
 @contextlib.contextmanager
 def not_worth_a_run(what, failing=set()):  # noqa: B006 (what was said)
-    """Go on whatever fails within. That is said once, until it works again."""
+    """Go on even if the block fails. One warning says so, and no other comes until the block has worked again."""
     try:
         yield
         failing.discard(what)

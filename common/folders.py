@@ -29,8 +29,8 @@ FREE = frozenset("""data val_data out max_steps micro_batch_size device compile 
 def lock(folder):
     """Keep a folder for this process until it ends, however it ends; ValueError at once if another process has it.
 
-    It is made if it is not there, and goes at the end if nothing was written. The lock is the operating system's, on
-    the folder itself.
+    The folder is created if it is missing, and removed at the end if nothing was written into it. The operating system
+    keeps the lock, on the folder itself.
     """
     folder = Path(folder).resolve()
     while folder not in HELD:
@@ -94,7 +94,7 @@ def described(folder, name, ours):
 
 
 def remove_leftovers(folder, ours):
-    """Remove what a kill has left of files with names of ours, each by the exact name of its temporary folder."""
+    """Remove temporary folders that killed processes left, where the file that they were for matches `ours`."""
     for entry in os.listdir(folder):
         target = re.fullmatch(r"\.(.+)\.tmp", entry)
         if target and re.fullmatch(ours, target[1]):
@@ -102,7 +102,7 @@ def remove_leftovers(folder, ours):
 
 
 def differences(old, new, free=FREE):
-    """Describe, as a list of texts, each entry of `new` that is another in `old` and makes another result."""
+    """Describe, as a list of texts, each entry of `new` that differs from the one in `old` and changes the result."""
     new = json.loads(json.dumps(new))  # with lists for tuples, as in what was read from a file
     return [f"{name}: another one now" if re.fullmatch("[0-9a-f]{16,}", str(value)) else
             f"{name}: {old[name]!r:.100} there, {value!r:.100} now" for name, value in new.items()

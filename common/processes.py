@@ -98,7 +98,7 @@ def make_lasting(stream):
 
 
 KNOWN = {  # errors of torch, and what a user can do
-    "Expected to have finished": "a parameter gets no gradient, which several processes cannot train: use or drop it",
+    "Expected to have finished": "a parameter gets no gradient, which several processes do not allow: use or remove it",
     r"C(\+\+)? compiler": "--compile needs a C++ compiler: install g++ (apt install g++), or leave --compile out"}
 
 
@@ -114,7 +114,7 @@ def run_script(name, main, stopped="The same command goes on where it was"):
     except KeyboardInterrupt:
         line = f"{name}: stopped. {stopped}"
     except torch.OutOfMemoryError:
-        line = f"{name}: the GPU's memory is too small: a smaller --micro_batch_size makes the same run"
+        line = f"{name}: the GPU's memory is too small: lower --micro_batch_size (train.py; same run) or --batch_size"
     except (ValueError, OSError) as error:
         line = f"{name}: {error}"
     except RuntimeError as error:

@@ -40,8 +40,8 @@ def check_tensors(module, tensors, where):
     wanted, found = ({name: tuple(t.shape) for name, t in group.items()} for group in (module.state_dict(), tensors))
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
-            raise ValueError(f"{where}: tensor {name} has shape {found.get(name, 'none')}, where the network has "
-                             f"{wanted.get(name, 'none of that name')}")
+            raise ValueError(f"{where}: tensor {name} is {found.get(name, 'missing')} in the file and "
+                             f"{wanted.get(name, 'missing')} in the network")
 
 
 def not_finite(tensors):

@@ -25,4 +25,4 @@ compile = True
 price = 3.75                # dollars for an hour of one GPU: the paper's $30 for a node of 8
 eval_every = 5000
 sample_every = 10_000
-checkpoint_every = 5000     # 14 GB each; 20 minutes
+checkpoint_every = 5000     # some 20 minutes apart, of 14 GB each

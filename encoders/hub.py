@@ -13,7 +13,7 @@ BY_HAND = ". Files may be put anywhere by hand: give --checkpoint FILE, --vae FO
 
 @functools.cache
 def reach_hub():
-    """Return whether the hub answers. If not, set its library to its cache alone, as it would try for long."""
+    """Return whether the hub answers. If not, let its library use only its cache, as it would try for a long time."""
     try:
         huggingface_hub.get_session().head(constants.ENDPOINT, timeout=3)
     except Exception:  # of the library below
@@ -41,7 +41,7 @@ def load_pretrained(architecture, name, others="", **options):
 
 
 def load_tokenizer(architecture, name):
-    """Return a tokenizer of transformers, which makes one also where there are no files; ValueError if it did."""
+    """Return a tokenizer of transformers; ValueError if files are missing, where transformers makes an empty one."""
     tokenizer = architecture.from_pretrained(name)
     if len(tokenizer) < len({*tokenizer.all_special_tokens}) + 3:  # it knows no words
         raise ValueError(f"{name} has no tokenizer: its files (tokenizer.json, vocab.json and such) are missing")

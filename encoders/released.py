@@ -29,8 +29,8 @@ def load_released(path):
         if bad := not_finite(state):
             raise ValueError(f"tensor {bad} is not finite")
     vae = VAES.get(config.latent_channels, "")
-    print(f"{path}: as no tensor tells it, head_dim is taken to be {config.head_dim}, expert_capacity "
-          f"{config.expert_capacity:g}, the text encoder {CLIP}, the autoencoder {vae or 'not known'}", file=sys.stderr)
+    print(f"{path}: assumed, because no tensor tells it: head_dim {config.head_dim}, expert_capacity "
+          f"{config.expert_capacity:g}, text encoder {CLIP}, autoencoder {vae or 'not known'}", file=sys.stderr)
     # they were trained without the shift that the autoencoder's config names
     data = {"vae": {"name": vae, "shift": False}, "text_encoder": {"name": CLIP}}
     return net, {"config": asdict(config), "settings": {}, "step": 0, "data": data, "released": True}
@@ -46,7 +46,7 @@ def read_pt(path):
                    and any(isinstance(v, (dict, torch.Tensor)) for v in value.values())]:
         key = min(keys, key=lambda key: "ema" not in key.lower())
         if "ema" in key.lower():
-            print(f"{path}: of its weights the averaged ones are taken, under '{key}'", file=sys.stderr)
+            print(f"{path}: its averaged weights are used, which are under '{key}'", file=sys.stderr)
         content = content[key]
     # what DistributedDataParallel, torch.compile and FSDP put in front of names, or into them
     tensors = {re.sub(r"\b(module|_orig_mod|_fsdp_wrapped_module)\.", "", str(name)): t
@@ -54,7 +54,7 @@ def read_pt(path):
     tensors = strip(tensors, "dit.") or tensors
     for name, t in tensors.items():  # a file may repeat a number without end
         if t.numel() * t.element_size() > t.untyped_storage().nbytes():
-            raise ValueError(f"tensor {name} is larger than its content")
+            raise ValueError(f"tensor {name} has more numbers than the file holds for it")
     return tensors
 
 

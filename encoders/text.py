@@ -64,7 +64,7 @@ class TextEncoder:
             raise ValueError(f"its config says hidden_act {config.hidden_act}, but it was trained with quick_gelu")
 
     def tokens(self, captions):
-        """Return token ids (B,L), and for all but CLIP, which get captions as they are, a mask."""
+        """Return token ids (B,L) of cleaned captions for CLIP; for others ids of captions as they are, and a mask."""
         batch = self.tokenizer([clean(c) if self.is_clip else c for c in captions], padding="max_length",
                                max_length=self.length, truncation=True, return_tensors="pt").to(self.model.device)
         if self.is_clip:  # padded with 0 as by open_clip, and not masked: the released network attends to the padding
@@ -100,7 +100,7 @@ class Words:
         out = torch.zeros(len(captions), self.length, self.dim)
         for row, caption in zip(out, captions):
             for i, word in enumerate(words_of(caption)[:self.length]):
-                row[i] = (vector_of(word) + vector_of(f"position {i}")) * 0.5 ** 0.5  # of which no word has the space
+                row[i] = (vector_of(word) + vector_of(f"position {i}")) * 0.5 ** 0.5  # no word contains a space
         return out.to(self.device)
 
 

@@ -75,7 +75,7 @@ def read_layout(folder):
         layout.append((prompt, sorted(p for p in file.parent.glob("samples/*.png") if p.stem.isdigit())))
     counts = [len(images) for _, images in layout]
     if uneven := [f"prompt {i} has {n}" for i, n in enumerate(counts or [0]) if n < max([1, *counts])]:
-        raise ValueError(f"{folder}: wanted are folders 00000/samples with equally many images, but {uneven[0]}")
+        raise ValueError(f"{folder}: its folders 00000/samples and so on need equally many images, but {uneven[0]}")
     return layout
 
 

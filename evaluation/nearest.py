@@ -43,7 +43,7 @@ def read_reference(source, choose, latents, side, font=""):
                 captions.append(caption.strip())
                 rows.append(latents.image([latents.prepare(picture[2][0])]).cpu())
     if unusable:
-        print(f"of {source} {len(unusable):,} pictures are left out, as {unusable[0]}")
+        print(f"{source}: {len(unusable):,} pictures are left out, the first is {unusable[0]}")
     if not rows:
         raise ValueError(f"{source} has no picture with a caption")
     return captions, torch.cat(rows)

@@ -89,7 +89,7 @@ def pictures_of(folder):
     if unread := len(there) - len(paths):
         print(f"{unread:,} pictures in {folder} are of formats that are not read ({', '.join(UNREAD)})")
     if not paths:
-        raise ValueError(f"no folder of pictures {folder}")
+        raise ValueError(f"{folder} is no folder, or holds no pictures that can be read")
     return paths
 
 
@@ -102,7 +102,8 @@ def prompts_of(folder, paths, source):
     look_up = captions.read_captions(source) if source else None
     prompts = [Prompt(look_up(path.absolute().as_posix()) if source else prompt_inside(path)) for path in paths]
     if without := [str(path) for path, prompt in zip(paths, prompts) if not prompt.caption]:
-        raise ValueError(f"{len(without):,} of {len(paths):,} pictures have no caption: {without[0]}: give --captions")
+        raise ValueError(f"{len(without):,} of {len(paths):,} pictures have no caption, the first is {without[0]}: "
+                         "give --captions")
     return prompts
 
 

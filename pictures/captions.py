@@ -52,7 +52,7 @@ def caption_chooser(captions="", folder_captions=""):
 
 
 def read_captions(path):
-    """Return a function from a picture's path to its caption or None; ValueError for a second one that it fits."""
+    """Return a function from a picture's path to its caption or None; ValueError if a caption fits two pictures."""
     path, by_name, pictures, addresses, columns = Path(path), {}, {}, {}, {}
 
     def find(name):
@@ -91,8 +91,8 @@ def stem(name):
 
 
 def beside(picture, texts):
-    """Return the texts that hold a picture's caption, of {name without ending: texts} of a folder or archive: those of
-    its name, or of its WebDataset key, which ends at the first dot, as it is or with a word as in 1.caption.txt."""
+    """Return the texts beside a picture that may hold its caption, from a folder's or archive's {name without ending:
+    texts}. They are named like the picture, or like its WebDataset key alone or with a field, as in 1.caption.txt."""
     name, key = plain(picture), key_of(picture)
     names = name, stem(name), key, *(f"{key}.{word}" for word in CAPTION_FIELDS)
     return next((texts[n] for n in names if n in texts), [])
@@ -135,8 +135,8 @@ def captions_of_file(file, size, read, columns):
 
 
 def no_captions(columns):
-    return ValueError(f"it has no captions: its columns are {', '.join([*columns][:20]) or 'none'}, and read are "
-                      f"{', '.join(CAPTION_FIELDS)}, of pictures {', '.join(FILE_FIELDS + ID_FIELDS)}")
+    return ValueError(f"it has no captions: its columns are {', '.join([*columns][:20]) or 'none'}. Captions are read "
+                      f"from {', '.join(CAPTION_FIELDS)}, names of pictures from {', '.join(FILE_FIELDS + ID_FIELDS)}")
 
 
 def records(name, data, columns):

@@ -112,7 +112,7 @@ def moved(square, dx, dy):
 
 
 class Workers:
-    """Calls squares() in n processes; -1: one for each core; 0: here. A picture that ends one costs only itself."""
+    """Calls squares() in n processes; -1: one for each core; 0: here. A picture that crashes one is lost alone."""
 
     def __init__(self, n):
         if n < 0:
@@ -136,7 +136,7 @@ class Workers:
             self.pool.shutdown(cancel_futures=True)
 
 
-def new_pool(n, method="spawn"):  # by now there may be threads and a GPU, with which none must be forked
+def new_pool(n, method="spawn"):  # by now there may be threads and a GPU, which a forked process must not inherit
     return ProcessPoolExecutor(n, multiprocessing.get_context(method), begin_worker)
 
 
@@ -155,7 +155,7 @@ def result(future, args):
 
 
 def decode_ahead(entries, workers, ahead, resolutions):
-    """Yield (name, what squares() gives, caption) of each entry; the next ones, `ahead`, are being decoded."""
+    """Yield (name, what squares() gives, caption) of each entry, while the next `ahead` entries are being decoded."""
     waiting = deque()
     for name, picture, caption in entries:
         waiting.append((name, workers.begin(picture, resolutions), caption))

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, features
 
 FONTS = ("NotoColorEmoji.ttf", "Apple Color Emoji.ttc", "seguiemj.ttf")  # Pillow looks where each system has its fonts
-SIZES = (109, 160, 136, 128, 96, 64)  # of the pictures in such a font, which has one or a few; drawn ones have any
+SIZES = (109, 160, 136, 128, 96, 64)  # in pixels: a font of bitmaps has one or a few of them, one of outlines has all
 CODES = [*range(0x203C, 0x3300), *range(0x1F000, 0x1FB00)]  # where Unicode has its emoji
 KINDS = ("So", "Sm", "Po", "Pd")  # symbols and punctuation: no letters, digits or tones
 LETTERS = re.compile(r"REGIONAL INDICATOR|INPUT SYMBOL|LATIN .*LETTER|IDEOGRAPH|SQUARED (?!CROSS)")  # in boxes, mostly
@@ -61,7 +61,7 @@ def known_to(font):
     known = {}  # by what they look like
     for text in candidates(font):
         pixels = np.asarray(draw(text, font, INK))
-        if (pixels[..., ::2] < 255).any():  # neither blank nor in ink, of which red and blue are those of white
+        if (pixels[..., ::2] < 255).any():  # it has colours of its own: both white and INK have 255 in red and blue
             known.setdefault(hashlib.sha256(pixels).digest(), text)
     if not known:
         raise ValueError(f"the font {open_font(font).path} has no coloured emoji that Pillow can draw")

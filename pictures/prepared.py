@@ -107,7 +107,7 @@ class Array:
             file.seek(self.offset + int(row) * self.size)
             if file.readinto(out.reshape(-1).view(np.uint8)) != self.size:
                 raise ValueError(f"{self.path} was cut short: row {row} is not there")
-        # all bits of the exponent are ones: ten times as fast as np.isfinite
+        # an exponent of all ones means not finite; looking for it is ten times as fast as np.isfinite
         return out.dtype != np.float16 or not ((out.view(np.uint16) & 0x7C00) == 0x7C00).any()
 
 
@@ -177,7 +177,7 @@ class Dataset:
     def split(self, most):
         """Return (rows to train on, rows to validate on), which come from all over every folder.
 
-        They are a hundredth of the pictures, 16 where there are 160, `most` at most. Their copies are in neither.
+        Validation takes a hundredth, but 16 pictures if there are 160, and at most `most`. Their copies are in neither.
         """
         train, held, done = [], [], 0
         for start, end, copied in self.pictures:

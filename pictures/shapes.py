@@ -182,7 +182,7 @@ def read_object(pixels, back, region):
     (size, shape), (error, center) = min(errors.items(), key=lambda item: item[1][0])
     rival = min(other for (_, another), (other, _) in errors.items() if another != shape)
     clear = error <= 0.3 and error <= 0.8 * rival  # of a smeared outline many shapes are about equally right
-    # an error of 1 is that of an empty picture; of a network's rough outlines the size is the first to be legible
+    # an empty picture has an error of 1; in a network's rough pictures the size is the first attribute to be legible
     size, shape = size if error <= 0.8 else None, shape if clear else None
     return {"size": size, "color": nearest(mean, COLORS), "shape": shape}, center
 
@@ -199,8 +199,8 @@ def templates(shape, radius):
 def score(images, wanted):
     """Count how often the pictures show the wanted attributes: {name: (right, of)}.
 
-    background and relation count per picture, size, color, shape and color+shape per object, all for a picture without
-    an error. Where the number of objects is wrong, all of them are.
+    background and relation count once per picture; size, color, shape and color+shape once per object; "all" counts
+    pictures without an error. Where the number of objects is wrong, every object counts as wrong.
     """
     right, of = Counter(), Counter()
     for image, want in zip(images, wanted, strict=True):

@@ -58,7 +58,7 @@ def find_parts(source, piece, font=""):
     names = [source] if Path(source).exists() else expanded(source)
     found = [[name] if Path(name).exists() else sorted(glob.glob(name, recursive=True)) for name in names]
     if [] in found and any(found):
-        raise ValueError(f"of {source} there is no {names[found.index([])]}")
+        raise ValueError(f"{source} names {names[found.index([])]}, which does not exist")
     paths = [Path(name) for name in dict.fromkeys(itertools.chain.from_iterable(found))]
     if len(paths) == 1 and paths[0].is_dir():
         folder, files = paths[0], sorted(p for p in paths[0].iterdir() if p.is_file() and not is_hidden(p.name))
@@ -148,7 +148,7 @@ def pictures_below(folder):
 
 
 def is_hidden(name):
-    """Return whether programs have left a file, by its path, rather than a person, as hidden ones and thumbnails."""
+    """Return whether a path is that of a file which programs leave, not people, as hidden files and thumbnails."""
     return bool(re.search(r"(^|[/\\])(\.+[^./\\]|(@eaDir|__MACOSX)([/\\]|$))", name))
 
 
@@ -213,14 +213,14 @@ def content(size, read):
 
 
 def no_captions(parts, names, known=()):
-    """Say what was looked for where most pictures have no caption, as these. known: pictures that a table names."""
+    """Say where captions were looked for, if most pictures have none, as `names`. known: pictures named in a table."""
     there = sorted(os.listdir(parts[0].files[0][0].parent)) if parts[0].files else []
     with contextlib.suppress(Exception):  # it may be damaged; so many are enough
         there += [name for name, *_ in itertools.islice(members(parts[0].archive), 10_000)] if parts[0].archive else []
     endings = Counter(os.path.splitext(name)[1].lower() for name in there if not is_picture(name) | is_hidden(name))
     lie = ", ".join(filter(None, (ending for ending, _ in endings.most_common(5)))) or "no other files"
     seen = f"The table names {', '.join(known)}" if known else (
-        f"Beside them lie {lie}; read are {', '.join(TEXTS)} of the same name, and a table with --captions FILE")
+        f"Beside them lie {lie}; captions are read from {', '.join(TEXTS)} of the same name, or a --captions FILE")
     classes = "; where folders are classes, give --folder_captions \"a photo of a {}\""
-    return (f"Most pictures have no caption, as {', '.join(names[:3])}. {seen}"
+    return (f"Most pictures have no caption, for example {', '.join(names[:3])}. {seen}"
             + classes * (names[0].count("/") > bool(parts[0].archive)))

@@ -5,8 +5,8 @@ Train networks in several ways, called arms, and compare them at equal training 
     python -m studies.ablate --widths 32 64 --arm deferred --arm flat mlp_ratio=1.2,1.2
     python -m studies.ablate --config config/tiny.py --budgets 10 20 --arm gelu --arm relu2 model=my_model.py
 
-Each --arm NAME key=value ... has settings of train.py, or model=FILE for another model.py. Without any it is the one of
-that name in ARMS, or else the config itself. Arms come last on the command line.
+Each --arm NAME key=value ... changes settings of train.py, and model=FILE takes another model.py. A name alone stands
+for the arm of that name in ARMS, or else for the config itself. Arms come last on the command line.
 
 Each arm, width, budget and seed is one run of train.py, which ends unmasked, from a copy of the Python files. The same
 command goes on where it was, and may name more arms, widths, budgets and seeds.
@@ -138,7 +138,8 @@ def print_plans(budgets, tail):
 def plan(cost, budget, tail):
     """Return (masked steps, unmasked ones after them, TFLOP) of the run that spends a budget.
 
-    cost(step, masked, unmasked) is a step's in a run of so many. It may depend on them, so the plan is made repeatedly.
+    cost(step, masked, unmasked) is the cost of a step in a run of so many masked and unmasked steps. It may depend on
+    their numbers, so the plan is made repeatedly.
     """
     masked, unmasked = 1, 1
     for _ in range(4):

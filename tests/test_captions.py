@@ -58,7 +58,7 @@ def test_a_caption_that_is_cut_by_a_comma_is_refused(tmp_path):
 
 def test_a_table_without_known_columns_lists_its_columns(tmp_path):
     write(tmp_path, {"a.csv": b"id,label,split\n1,x,train\n"})
-    with pytest.raises(ValueError, match="its columns are id, label, split, and read are caption, prompt,.* filepath"):
+    with pytest.raises(ValueError, match="are id, label, split. Captions are read from caption, prompt,.* filepath"):
         read_captions(tmp_path / "a.csv")
 
 

@@ -323,7 +323,7 @@ def test_a_folder_for_each_class(tmp_path, capsys):
     args = ("--source", tmp_path / "in", "--out")
     prepare(*args, tmp_path / "some")
     message = capsys.readouterr().out.strip().splitlines()[-1]
-    assert 'have no caption, as train/hot_dog/0.png, train/hot_dog/1.png, ' in message
+    assert 'have no caption, for example train/hot_dog/0.png, train/hot_dog/1.png, ' in message
     assert message.endswith('give --folder_captions "a photo of a {}"')
     for source, expected in (("in", {"its own": 1, "a photo of a t-shirt": 2, "a photo of a hot dog": 3}),
                              ("a.tar", {"a photo of a cat": 1})):
@@ -337,11 +337,12 @@ def test_a_folder_for_each_class(tmp_path, capsys):
 
 @pytest.mark.parametrize("files, args, words", [
     ({"in/a.png": PNG, "in/a.xml": b"x", "in/b.png": PNG, "in/metadata.csv": b"x"}, (),
-     ("as a.png, b.png. Beside them lie .xml, .csv; read are .txt, .caption, .json of the same name", "--captions F")),
+     ("for example a.png, b.png. Beside them lie .xml, .csv; captions are read from .txt, .caption, .json of the",
+      "--captions F")),
     ({"in/a.tar": tar_bytes([("a.png", PNG), ("a.cls", b"5"), ("b.png", PNG)])}, (),
-     ("a.tar/a.png", "lie .cls; read are")),
+     ("a.tar/a.png", "lie .cls; captions are read")),
     ({"in/a.png": PNG, "t.csv": b"image,caption\nx/1.png,one\nx/2.png,two\n"}, ("--captions={tmp}/t.csv",),
-     ("as a.png. The table names x/1.png, x/2.png",))])
+     ("for example a.png. The table names x/1.png, x/2.png",))])
 def test_where_most_pictures_have_no_caption_it_says_what_was_seen(files, args, words, tmp_path, capsys):
     write(tmp_path, files)
     with pytest.raises(SystemExit):

@@ -221,7 +221,7 @@ def test_what_is_refused_changes_nothing(models, evaluate, tmp_path, monkeypatch
             (own | {"guidance_scales": (3.0,)}, "guidance_scales: "), (own | {"count": 3}, "prompts_sha256: "),
             (own | {"out": tmp_path / "others"}, "holds guidance_5 and no"),
             (own | {"metrics": ("clip_fid",), "reference": tmp_path / "wide.npz"}, "wide.clip.npz .*: 20 there"),
-            (own | {"resolution": 32}, "resolution is 32, and the pictures have 16"),
+            (own | {"resolution": 32}, "resolution is 32: it must be at most 16"),
             (own | {"count": 10}, "there are 7 captions, and count is 10"),
             (own | {"captions": pipe}, "pipe.txt: there is no such file"),
             (run | {"load_pipeline": lambda *args, **how: of_others}, "was not trained on the built-in set"),
@@ -233,11 +233,11 @@ def test_what_is_refused_changes_nothing(models, evaluate, tmp_path, monkeypatch
             (made | near | {"captions": "emoji"}, "leave --captions emoji out"),
             (made | near | real | {"resolution": 11, "captions": models / "captions.txt"}, "that is a multiple of 2"),
             (made, "need a --reference"), (made | {"metrics": ("attributes",)}, "for the built-in set"),
-            (made | {"reference": pipe}, "pipe.txt' is none"), (made | fid | real | {"matched": True}, "matched needs"),
+            (made | {"reference": pipe}, "pipe.txt' is nei"), (made | fid | real | {"matched": True}, "matched needs"),
             (made | fid | real | {"matched": True, "captions": named}, "1 of .*real/other.jpg"),
             (made | score, "7 of 7 pictures have no caption.*000.png"), (made | score | run, "out with --images"),
             (made | score | {"out": models / "made/x"}, "lies in .*made, where nothing is written"),
-            (score | {"images": "nowhere"}, "no folder of pictures nowhere")]:
+            (score | {"images": "nowhere"}, "nowhere is no folder")]:
         with pytest.raises(ValueError, match=message):
             evaluate(**settings)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

@@ -119,7 +119,7 @@ def test_the_layout_is_the_official_one(tmp_path):
     with pytest.raises(ValueError, match="equally many.*prompt 1 has 1"):
         geneval.read_layout(out)
     write_lines(out / "00000/metadata.jsonl", ["{}"])
-    for folder, message in ((out, "00000/metadata.jsonl cannot .*'tag' is missing"), (tmp_path / "no", "wanted")):
+    for folder, message in ((out, "00000/metadata.jsonl cannot .*'tag' is missing"), (tmp_path / "no", "equally many")):
         with pytest.raises(ValueError, match=message):
             geneval.read_layout(folder)
 

@@ -40,7 +40,7 @@ def test_captions_files(tmp_path, name, content, expected):
     ("a.txt", "caf\u00e9".encode("latin-1"), "entry 1 is neither UTF-8 nor"),
     ("unmarked.txt", "a cat".encode("utf-16-le"), "entry 1 is neither UTF-8 nor"),
     ("a.txt", "\n \n", "it is empty"),
-    ("a.csv", "id,label\n1,x\n", "its columns are id, label, and read are caption, prompt"),
+    ("a.csv", "id,label\n1,x\n", "its columns are id, label. Captions are read from caption, prompt"),
     ("a.json", '{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": ["x"]}', "cannot be used")])
 def test_files_that_will_not_do(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=f"{name}.*{message}"):

@@ -62,19 +62,19 @@ def test_the_weights_come_through(models, tmp_path, capsys):
             torch.testing.assert_close(tensor, state[name], rtol=0, atol=atol)
         assert run["data"]["vae"]["name"] == "stabilityai/stable-diffusion-xl-base-1.0/vae"
         said = capsys.readouterr().err
-        assert "head_dim is taken to be 64, expert_capacity 2, the text encoder apple/DFN5B" in said
-        assert ("the averaged ones are taken, under 'ema'" in said.lower()) == any(content is a for a in averaged)
+        assert "head_dim 64, expert_capacity 2, text encoder apple/DFN5B" in said
+        assert ("weights are used, which are under 'ema" in said.lower()) == any(content is a for a in averaged)
 
 
 def test_files_that_are_not_released_checkpoints(models, tmp_path):
     state, file = torch.load(models / "dit.pt", weights_only=True), tmp_path / "x.pt"
     endless = torch.zeros(1, 1, 1).expand(1, 10 ** 12, 128)  # a number that is repeated without end
     for content, words in (
-            (state | {"pos_embed": endless}, "larger than its content"), (None, "x.pt cannot be used"),
+            (state | {"pos_embed": endless}, "more numbers than the file"), (None, "x.pt cannot be used"),
             ({"state": {"model": {}, "algorithm": tmp_path}}, "x.pt.*it holds code.*docs/settings.md"),
             ({"other.weight": torch.zeros(2)}, "x_embedder.proj.weight' is missing"),
-            ({n: t for n, t in state.items() if n != "final_layer.linear.bias"}, "final.linear.bias has shape none"),
-            (state | {"x_embedder.proj.bias": torch.zeros(3)}, r"patch_embed.bias has shape \(3,\)")):
+            ({n: t for n, t in state.items() if n != "final_layer.linear.bias"}, "final.linear.bias is missing in"),
+            (state | {"x_embedder.proj.bias": torch.zeros(3)}, r"patch_embed.bias is \(3,\)")):
         torch.save(content, file)
         if content is None:
             file.write_bytes((models / "dit.pt").read_bytes()[:100_000])

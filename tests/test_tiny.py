@@ -141,7 +141,7 @@ def test_another_autoencoder_under_the_same_name_is_refused(made, tmp_path):
     vae = write_vae(tmp_path / "vae.safetensors")
     prepare(vae, tmp_path / "data")
     assert "use the same" in train(tmp_path / "data", tmp_path / "run", f"--init_from={made / 'run'}", fails=True)
-    for replace, message in ((lambda: shutil.copy(made / "vae/vae.safetensors", vae), "is not the one that the"),
+    for replace, message in ((lambda: shutil.copy(made / "vae/vae.safetensors", vae), "is not the one that made"),
                              (vae.unlink, "neither here")):
         replace()
         assert message in train(tmp_path / "data", tmp_path / "run", fails=True)

@@ -79,7 +79,7 @@ class Batches:
         """Return what the data set reads, and sigma (B,), noise (B,C,H,W), uniforms (B,T), kept_captions (B,)."""
         batch = self.dataset.read(self.row_ids(step, places), self.pool)
         shape, size = batch["latents"].shape, batch["latents"][0].numel()
-        normals = size + 2 - size % 2  # of one or two more the noise level takes the last
+        normals = size + 2 - size % 2  # an even number above size, the last of which makes the noise level
         words = random_words(self.seed, step, places, normals + self.tokens + 1)
         numbers, uniforms = normal(words[:, :normals]), uniform(words[:, normals:])
         batch["noise"] = numbers[:, :size].reshape(shape)

@@ -14,7 +14,7 @@ TIGHT = 0.93    # of a GPU's memory, as the allocator loses some
 
 
 def try_run(make_step, state, settings, meter, processes):
-    """Make a few steps, each by make_step(masked), and print a line for each finding; ValueError if one cannot be."""
+    """Make a few steps by make_step(masked), and print a line for each finding; ValueError if the run would fail."""
     def say(line):
         if processes.rank == 0:
             print(line, flush=True)
@@ -68,9 +68,9 @@ def memory(state, device):
     most, total = torch.cuda.max_memory_reserved(device), torch.cuda.get_device_properties(device).total_memory
     if state.average.decay and not state.average.net:
         most += sum(p.nbytes for p in state.net.parameters())
-    line = f"{most / 1e9:.1f} of {total / 1e9:.1f} GB on {device}, with what the run will hold later"
+    line = f"{most / 1e9:.1f} of {total / 1e9:.1f} GB on {device}, including what the run will allocate later"
     if most > TIGHT * total:
-        raise ValueError(f"memory: {line}, is too much: halve micro_batch_size, which makes the same run")
+        raise ValueError(f"memory: {line}, is too much: halve micro_batch_size, which leaves the result the same")
     return line
 
 

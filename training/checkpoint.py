@@ -29,7 +29,7 @@ from encoders.hub import fetch
 from model import MicroDiT, MicroDiTConfig
 
 NAME = re.compile(r"step_(\d{8,})\.safetensors")
-# fields of the network that earlier versions had: one that had its default is the network of today
+# fields of the network that only earlier versions had: with these values it is the same network as today's
 DROPPED = {"router_unmodulated": False, "mixer_skip": False, "fused_blocks": -1}
 
 
@@ -146,24 +146,24 @@ def load_network(path, use_ema=True):
     weights = {n: t for n, t in tensors.items() if not n.startswith("vae.")} if exported else weights
     try:
         if config.depth + config.mixer_depth > len(weights):
-            raise ValueError(f"depth {config.depth} and mixer_depth {config.mixer_depth} are more than it has tensors")
+            raise ValueError(f"depth {config.depth} and mixer_depth {config.mixer_depth} need more tensors than it has")
         if exported:
             net = released.from_official(weights, config)
         else:
-            with contextlib.suppress(RuntimeError), torch.device("meta"):  # an edited one may need numbers to be built
+            with contextlib.suppress(RuntimeError), torch.device("meta"):  # an edited model.py may need real numbers
                 check_tensors(MicroDiT(config), weights, path)
             net = MicroDiT(config)
             net.load_state_dict(weights)
     except (TypeError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
-        raise ValueError(f"{path} is of another network than today's model.py builds ({reason})") from None
+        raise ValueError(f"{path} does not fit the network that today's model.py builds ({reason})") from None
     if bad := not_finite(weights):
         raise ValueError(f"{path}: tensor {bad} is not finite: take an earlier checkpoint")
     return net, run
 
 
 def config_of(run, path):
-    """Return the MicroDiTConfig of a checkpoint; ValueError for a field that is none or has no possible value."""
+    """Return the MicroDiTConfig of a checkpoint; ValueError for an unknown field or a value that is not allowed."""
     fields = network_fields()
     config = {name: value for name, value in run["config"].items() if (name, value) not in DROPPED.items()}
     with reading(path):

@@ -60,7 +60,7 @@ class Log:
         print(text, flush=True)
         check_still_there(self.path)
         self.waiting.append(values)
-        with not_worth_a_run(self.path):
+        with not_worth_a_run(f"writing {self.path}"):
             if self.first_step is not None and self.path.exists():  # without the lines of steps that are done again
                 write_lines(self.path, [entry for entry in read_jsonl(self.path) if self.first_step
                                         and type(entry.get("step")) is int and entry["step"] <= self.first_step])

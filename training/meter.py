@@ -17,8 +17,8 @@ PEAKS = {"H200": 989.4e12, "H100 PCIe": 756e12, "H100": 989.4e12, "A100": 312e12
 def count_flops(config, mask_ratio, mask, caption_length):
     """Return (FLOPs of a picture's forward and backward pass, None if not known; parameters that get no gradient).
 
-    config: the values of a MicroDiTConfig. They are counted on the meta device, so not where model.py depends on data.
-    A multiply-add is two operations; norms and gates are none.
+    config: the values of a MicroDiTConfig. FLOPs are counted on the meta device, so not if model.py depends on data.
+    A multiply-add counts as two operations; norms and gates count as none.
     """
     c = MicroDiTConfig(*config)  # ValueError, below too, if masking or the experts leave too few patches
     ids_keep = kept_patches(torch.rand(1, c.tokens), mask_ratio, mask).to("meta") if mask_ratio else None

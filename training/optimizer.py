@@ -14,7 +14,7 @@ FUSED = {".qkv.": 3, ".kv.": 2}  # parts of names, and how many matrices such a 
 class AdamW16(torch.optim.Optimizer):
     """AdamW with its averages in bfloat16, in half of the memory. Nothing changes while found_inf is true.
 
-    They are rounded up or down by chance: to the nearest number, they would not move by a thousandth.
+    They are rounded up or down by chance: rounded to the nearest number, they would never move by a thousandth.
     """
 
     def __init__(self, params, lr, betas, eps, weight_decay):
@@ -43,14 +43,14 @@ class AdamW16(torch.optim.Optimizer):
                 p.mul_(1 - lr * group["weight_decay"]).sub_(update.mul_(lr))
 
     def load_state_dict(self, state_dict):
-        super().load_state_dict(state_dict)  # which makes them what the weights are
+        super().load_state_dict(state_dict)  # which casts the averages to the weights' dtype
         for state in self.state.values():
             state |= {key: state[key].bfloat16() for key in ("exp_avg", "exp_avg_sq")}
 
 
 def rounded_by_chance(x, source):
     """Round float32 to what bfloat16 holds, up or down. Chance is in the last bits of source, so that runs repeat."""
-    noise = source.view(torch.int32) * -1640531535 >> 16 & 0xFFFF  # of a product with 2^32 / 1.618, the first bits
+    noise = source.view(torch.int32) * -1640531535 >> 16 & 0xFFFF  # the upper 16 bits of a product with 2^32 / 1.618
     return (x.view(torch.int32) + noise & -0x10000).view(torch.float32)
 
 
@@ -133,7 +133,7 @@ class Optimizer:
         self.loss_scale = torch.tensor([FIRST_SCALE, 0.0], device=self.device) if float16 else None
 
     def scaled(self, loss):
-        """Return what to call backward() of: in float16 the loss as large as its gradients still fit."""
+        """Return the loss to call backward() on: in float16 it is scaled up, as far as its gradients still fit."""
         return loss if self.loss_scale is None else loss * self.loss_scale[0]
 
     def unscale(self):

@@ -41,7 +41,7 @@ class Report:
         parts = [f"step {state.step:6,}/{self.settings['max_steps']:,}", f"loss {loss:.4f}"]
         if extra is not None:
             measured["extra_loss"] = extra
-            parts.append(f"of it extra loss {extra:.4f}")
+            parts.append(f"including an extra loss of {extra:.4f}")
         parts += [f"lr {lr:.2e}", f"grad norm {norm:.3f}", f"{measured['images_per_s']:,.0f} images/s",
                   f"MFU {percent(measured['mfu'])}", f"{duration(measured['eta_s'])} left"]
         if self.settings["mask_ratio"] and not masked:
@@ -122,7 +122,7 @@ def draw_samples(net, val_set, ids, vae, dtype, guidance):
 
 def draw_progress(folder):
     """Write progress.png: the losses so far, and below them the newest sample pictures with their captions."""
-    with not_worth_a_run(f"{folder}/progress.png"):
+    with not_worth_a_run(f"drawing {folder}/progress.png"):
         folder, lines = Path(folder), {}
         for entry in read_jsonl(folder / "log.jsonl"):
             for name, key in (("training (at its own noise levels)", "loss"), ("validation", "val_loss")):

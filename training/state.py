@@ -32,7 +32,7 @@ class State:
         return self.average.net or self.net
 
     def begin(self, folder):
-        """Write into the run's folder what it is, and by which model.py, once a step has been made."""
+        """Write run.json and a copy of model.py into the run's folder, once a step has been made."""
         write_json(Path(folder) / "run.json", self.run)
         copy = Path(folder) / "model.py"
         if not copy.exists():
@@ -114,12 +114,12 @@ def check_same_run(folder, path, old, run):
     more = differences(old["data"], {k: v for k, v in run["data"].items() if k not in ("vae", "text_encoder")})
     copy, now = folder / "model.py", settings["max_steps"]
     if copy.exists() and copy.read_bytes() != Path(model.__file__).read_bytes():
-        more.append(f"model.py is not the one that made this run, {copy}; delete that copy to go on with today's")
+        more.append(f"model.py differs from {copy}, which made this run: delete that copy to go on with today's")
     taken_back = settings["schedule"] != "constant" or settings["mask_ratio"] and settings["unmasked_steps"]
     if before["max_steps"] > now:
         more.append(f"max_steps: {before['max_steps']} there, {now} now (it may only grow)")
     elif before["max_steps"] < now and taken_back:
-        more.append(f"max_steps: {before['max_steps']} there, {now} now, takes back what the schedule has done; to "
+        more.append(f"max_steps: {before['max_steps']} there, {now} now, alters the schedule of past steps; to "
                     f"train on: --init_from {quote(str(path))} --init_optimizer --schedule constant --out ANOTHER")
     same_command(folder, before, settings, more)
     check_same_encoders(old["data"], folder, run["data"], "the data")
