@@ -125,9 +125,15 @@ def test_float16_trains_as_float32_and_an_overflow_is_skipped(run, monkeypatch, 
     run(5, made, **settings)
     assert int(made.optimizer.skipped) == 2 and made.optimizer.loss_scale.tolist() == [2.0 ** 58, 0.0]
     assert all(torch.equal(a, b) for a, b in zip(before, made.net.parameters()))
-    other = train.new_state(TINY, dict(RUN), CPU.device)
-    other.optimizer.load(made.optimizer.tensors())
+    other, made.optimizer.loss_scale[0] = train.new_state(TINY, dict(RUN), CPU.device), 2.0 ** 16
+    other.net.load_state_dict(made.net.state_dict())
+    other.optimizer.load({name: t.clone() for name, t in made.optimizer.tensors().items()})
+    other.step = made.step
     assert torch.equal(other.optimizer.loss_scale, made.optimizer.loss_scale)
+    for state in (made, other):  # a resume in the middle, behind skipped steps
+        run(8, state, **settings)
+    assert all(torch.equal(a, b) for a, b in zip(made.net.parameters(), other.net.parameters()))
+    assert not any(torch.equal(a, b) for a, b in zip(before, made.net.parameters()) if a.ndim > 1)
     run(6, dtype="float32", optimizer=kind).optimizer.load(made.optimizer.tensors())  # on a card that needs no scale
 
 
