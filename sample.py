@@ -6,7 +6,7 @@ Checkpoint + text -> pictures.
     torchrun --nproc_per_node=8 sample.py --prompts_file evaluation_metadata.jsonl --out samples/geneval  # GenEval's
     pictures = sample.generate(sample.load("runs/tiny"), ["a small red circle ..."])                # from Python
 """
-from common.machine import exit_with_launcher
+from common.machine import exit_with_launcher, keep_compiled
 from configurator import configure
 
 # What stands in parentheses is checked.
@@ -35,6 +35,8 @@ compile = False        # compile the network: it takes minutes at the start, and
 if __name__ == "__main__":
     settings = configure(globals())
     exit_with_launcher()
+    if compile:
+        keep_compiled()
 
 import json
 import math

@@ -5,7 +5,7 @@ Prepared data -> checkpoints. A run that is started again goes on as if it had n
     python train.py config/tiny.py --mixer_depth 0 --out runs/no_mixer
     torchrun --nproc_per_node=8 train.py config/small.py             # one process per GPU (or CPU)
 """
-from common.machine import exit_with_launcher
+from common.machine import exit_with_launcher, keep_compiled
 from configurator import COMMANDS, configure
 
 # In the comments below, what stands in parentheses is checked: a range as (>= 0, < 1), or the words that are allowed.
@@ -61,6 +61,8 @@ check = False                 # try links, memory, disk and a few steps, say wha
 if __name__ == "__main__":
     settings = configure(globals())
     exit_with_launcher()
+    if compile:
+        keep_compiled()
 
 import contextlib
 import importlib.util
@@ -79,7 +81,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from common.files import not_worth_a_run
-from common.machine import autocast, compute_dtype, keep_compiled, keep_freed_memory, pick_device
+from common.machine import autocast, compute_dtype, keep_freed_memory, pick_device
 from common.processes import join, run_script, world_size
 from common.tensors import read_tensors, strip
 from encoders import load_described_vae
@@ -247,8 +249,6 @@ def wrap_network(net, processes):
         for p in net.parameters():  # else the first step after a restart allocates gradients besides DDP's buckets
             p.grad = torch.zeros_like(p)
         net = DistributedDataParallel(net, gradient_as_bucket_view=True, bucket_cap_mb=512, **{sync: False})
-    if compile:
-        keep_compiled()
     return torch.compile(net) if compile else net
 
 

@@ -50,7 +50,10 @@ def autocast(device, dtype):
 
 
 def keep_compiled():
-    """Have torch.compile keep its work where a restart of the machine finds it, unless the environment says where."""
+    """Have torch.compile keep its work where a restart of the machine finds it, unless the environment says where.
+
+    Call it before torch is imported: its optimizers import the compiler, which then chooses a folder in /tmp.
+    """
     with contextlib.suppress(OSError, RuntimeError):  # no home, or none to write to: then it stays in /tmp
         folder = Path.home() / ".cache/nanomicrodit"
         folder.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 
 from common.images import decode_images
-from common.machine import autocast, compute_dtype, keep_compiled, pick_device
+from common.machine import autocast, compute_dtype, pick_device
 from common.tensors import read_tensors, strip
 from encoders import load_described_vae, load_text_encoder, load_vae, words_of
 from model import MicroDiT
@@ -70,7 +70,6 @@ def load(path, device=None, *, vae="", text_encoder="", dtype="auto", offload="a
         if have != want:
             raise ValueError(f"the {end} gives {have} channels, {path} takes {want}: leave --{end} out")
     if compile:
-        keep_compiled()
         net.compile()
     return Pipeline(net.to(home).eval().requires_grad_(False), vae, text_encoder, device,
                     f"{path.parent.name}/{path.stem}", data.get("words", []),

@@ -7,7 +7,6 @@ import shutil
 import stat
 import sys
 from dataclasses import astuple
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -167,18 +166,6 @@ def test_one_graph_and_no_recompilation(run, tmp_path, monkeypatch, edits):
     assert len(graphs) == 2  # the unmasked part has shapes of its own
     run(9, made, net, unmasked_steps=2)
     assert len(graphs) == 2
-
-
-def test_what_is_compiled_survives_a_restart(run, tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(train, "compile", True)
-    for given, found in (("/mine", "/mine"), ("", str(tmp_path / ".cache/nanomicrodit"))):
-        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", given)
-        if not given:
-            monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-        train.wrap_network(torch.nn.Linear(2, 2), CPU)
-        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == found
-    assert Path(found).is_dir()
 
 
 def test_activation_checkpointing_gives_the_same_gradients(run):

@@ -1,7 +1,10 @@
 """train.py as a user runs it: going on after a stop, processes, what it writes and shows, --check, errors."""
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -366,3 +369,17 @@ def test_a_parameter_without_a_gradient(fit, mine, tmp_path):
     assert "done: " in fit(tmp_path / "one", steps=1, script=mine / "train.py")
     message = fit(tmp_path / "two", steps=1, script=mine / "train.py", processes=2, fails=True)
     assert message.startswith("train.py: the parameters unused.bias, unused.weight get no gradient")
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+@pytest.mark.parametrize("chosen", ["", "mine"])
+def test_what_is_compiled_is_kept_at_home(script, chosen, tmp_path):
+    """The script is asked to compile, and ends before it does, as there is nothing to work on"""
+    code = (f"import os, runpy, sys\nsys.argv = ['{script}', '--compile', 'true']\ntry:\n"
+            f"    runpy.run_path('{ROOT / script}', run_name='__main__')\nexcept SystemExit:\n"
+            "    import torch.optim, torch._dynamo\n    print(os.environ['TORCHINDUCTOR_CACHE_DIR'])")
+    env = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
+    env |= {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    env |= {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / chosen)} if chosen else {}
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, text=True, capture_output=True)
+    assert done.stdout.split()[-1] == str(tmp_path / (chosen or ".cache/nanomicrodit")), done.stderr
