@@ -27,7 +27,7 @@ metrics = ()               # empty: attributes for shapes, nearest for emoji, an
 resolution = 0             # side at which pictures are compared; 0: that of the judged pictures (>= 0)
 resize = "clean"           # how pictures get to Inception's 299 px: as in clean-fid, or in the first FID code
                            # (clean | tensorflow)
-inception = ""             # file of weights; empty: the published ones (96 MB); random: fixed ones, to try things out
+inception = ""             # file of weights; empty: the published ones (96 MB); random: fixed ones, to compare runs
 guidance_scales = (-1.0,)  # one or more guidance scales, each scored by itself; -1: that of the run (>= -1)
 steps = 30                 # number of sampler steps (>= 1)
 sampler = "heun"           # as in sample.py (heun | dpmpp_2m)

@@ -12,7 +12,7 @@ from configurator import COMMANDS, configure
 # data and output
 data = ("data/shapes",)       # prepared folders (prepare_latents.py), used as one set; FOLDER@512 leaves out pictures
                               # whose shorter side had fewer pixels; random: rows for --check, without any folder
-val_data = ()                 # prepared folders to validate on; empty: 1 % of each of `data`, which is held out
+val_data = ()                 # prepared folders to validate on; empty: some rows of each of `data`, never trained on
 out = ""                      # run folder; empty: runs/ and the config's name
 init_from = ""                # start from the weights of this checkpoint or run folder
 init_optimizer = False        # with init_from: take the state of its optimizer, too
