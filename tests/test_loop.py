@@ -287,6 +287,34 @@ def test_a_fused_matrix_moves_as_its_parts_would(run, name, parts):
     assert (weight - before).norm() > 0.1
 
 
+def test_processes_share_the_work_of_muon_and_get_the_same(script, tmp_path):
+    """Two make half of the matrices each: of 5 and 4 and 1 of a shape, the last of which leaves one without work"""
+    (tmp_path / "steps.py").write_text("""
+import sys, torch
+from common.processes import join
+from training import optimizer
+made, orthogonal = [], optimizer.orthogonal
+optimizer.orthogonal = lambda matrices: made.append(len(matrices)) or orthogonal(matrices)
+processes = join()
+g = torch.Generator().manual_seed(0)
+p = [torch.nn.Parameter(torch.randn(shape, generator=g)) for shape in ((16, 8), (5, 6, 8), (8, 8), (24, 8), (16, 8))]
+muon = optimizer.Muon(p, 0.02, pieces=[1, 1, 1, 3, 1])
+for _ in range(3):
+    for q in p:
+        q.grad = torch.randn(q.shape, generator=g)
+    muon.step()
+name = f"{processes.rank} of {processes.world}"
+torch.save({"made": made, "weights": [q.detach() for q in p]}, f"{sys.argv[1]}/{name}")
+processes.leave()
+""")
+    for processes in (1, 2):
+        script(tmp_path / "steps.py", tmp_path, processes=processes)
+    alone, *both = (torch.load(tmp_path / name, weights_only=True) for name in ("0 of 1", "0 of 2", "1 of 2"))
+    assert alone["made"] == [2, 5, 4] * 3 and both[0]["made"] == both[1]["made"] == [1, 3, 2] * 3
+    for shared in both:
+        assert all(map(torch.equal, shared["weights"], alone["weights"]))
+
+
 def test_learning_rate_schedules(monkeypatch):
     def rates(schedule):
         for name, value in {"learning_rate": 1.0, "warmup_steps": 4, "max_steps": 20, "min_learning_rate": 0.1,

@@ -1,11 +1,14 @@
 """
 The optimizers' step and the moving average of the weights. If a gradient is not finite, neither of them changes, which
 is decided on the device. Muon (Jordan et al. 2024) makes the update of each matrix orthogonal. Other than torch's, this
-one takes all matrices of a shape as one batch, the experts' three-dimensional weights, and fused matrices apart.
+one takes all matrices of a shape as one batch, the experts' three-dimensional weights, and fused matrices apart, and
+shares the matrices out among the processes.
 """
 import copy
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 
 FIRST_SCALE, SCALE_STEPS = 2.0 ** 16, 2000  # float16: the first scale of the loss; it doubles after so many steps
 FUSED = {".qkv.": 3, ".kv.": 2}  # parts of names, and how many matrices such a weight holds, one below the other
@@ -79,7 +82,7 @@ class Muon(torch.optim.Optimizer):
             for (rows, columns), params in by_shape.items():
                 stacked = torch.cat([self.momentum(p, group["momentum"], bad).reshape(-1, rows, columns)
                                      for p in params])
-                updates = orthogonal(stacked)
+                updates = orthogonal_by_all(stacked)
                 scale = 0.2 * max(rows, columns) ** 0.5  # root mean square 0.2, about that of AdamW's updates
                 for p, update in zip(params, updates.split([p.numel() // (rows * columns) for p in params])):
                     p.mul_(kept).sub_(update.reshape(p.shape), alpha=lr * scale)
@@ -92,6 +95,17 @@ class Muon(torch.optim.Optimizer):
         average = state["momentum_buffer"]
         average.lerp_(torch.where(bad, 0.0, p.grad), torch.where(bad, 0.0, 1 - decay))
         return torch.where(bad, 0.0, p.grad.lerp(average, decay))
+
+
+def orthogonal_by_all(matrices):
+    """Return orthogonal(matrices), of which each process makes an equal part. All processes need the same matrices."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return orthogonal(matrices)
+    share = -(-len(matrices) // dist.get_world_size())
+    whole = F.pad(matrices, (0, 0, 0, 0, 0, share * dist.get_world_size() - len(matrices)))
+    parts, made = whole.split(share), torch.empty_like(whole)
+    dist.all_gather(list(made.split(share)), orthogonal(parts[dist.get_rank()]))
+    return made[:len(matrices)]
 
 
 def orthogonal(matrices, steps=5):
