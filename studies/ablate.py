@@ -1,15 +1,18 @@
 """
 Train networks in several ways, called arms, and compare them at equal training FLOPs.
 
-    python -m studies.ablate                # what does masking gain? the arms of ARMS, with config/masking.py
+    python -m studies.ablate --seeds 0 1    # what does masking gain? the arms of ARMS, with config/masking.py
     python -m studies.ablate --widths 32 64 --arm deferred --arm flat mlp_ratio=1.2,1.2
     python -m studies.ablate --config config/tiny.py --budgets 10 20 --arm gelu --arm relu2 model=my_model.py
 
-Each --arm NAME key=value ... changes settings of train.py, and model=FILE takes another model.py. A name alone stands
-for the arm of that name in ARMS, or else for the config itself. Arms come last on the command line.
+Each --arm NAME key=value ... changes settings of train.py, and model=FILE takes another model.py, or an end for the
+repository's, such as studies/merged.py. A name alone stands for the arm of that name in ARMS, or else for the config
+itself. Arms come last on the command line.
 
-Each arm, width, budget and seed is one run of train.py, which ends unmasked, from a copy of the Python files. The same
-command goes on where it was, and may name more arms, widths, budgets and seeds.
+Each arm, width and seed is one run at a constant rate, from a copy of the Python files. At each budget a second phase
+branches off, without masking and with a falling rate, and that is what is compared. The same command goes on where it
+was, and may name more arms, widths and seeds, and larger budgets. What study.json has is not made again, even where the
+run's folder was deleted.
 """
 import itertools
 import sys
@@ -19,11 +22,12 @@ from configurator import ROOT, configure, parse_command_line, script_settings
 config = "config/masking.py"  # config file of train.py that all arms share
 data = ()                     # prepared folders; empty: those of the config
 val_data = ()                 # prepared folders to validate on; empty: those of the config
-out = "runs/study"            # folder of the runs, results.json, table.md and losses.png
+out = "runs/study"            # folder of the runs, study.json, table.md, losses.png and pictures.png
 widths = (0,)                 # widths, with which the mixer's and the learning rate change; 0: the config's (>= 0)
-budgets = (1.0, 3.0, 10.0)    # training TFLOP at which the arms are compared (> 0)
-tail = 0.1                    # share of a budget that its unmasked end takes (>= 0, < 1)
-seeds = (0, 1, 2)             # seeds of every arm (>= 0)
+budgets = (10.0, 30.0, 100.0)  # training TFLOP at which the arms are compared (> 0)
+scored = (100.0,)             # budgets at which 2 x 256 pictures of the built-in set are drawn and judged
+tail = 0.2                    # share of a budget that its unmasked end takes (> 0, < 1)
+seeds = (0,)                  # seeds of every arm (>= 0)
 parallel = 0                  # runs side by side; 0: one for each GPU, or for each core (>= 0)
 
 if __name__ == "__main__":
@@ -42,6 +46,7 @@ import re
 import statistics
 import subprocess
 import tempfile
+import threading
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -51,20 +56,31 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.files import read_bytes, write_bytes, write_json
+from common.files import read_bytes, read_json, write_bytes, write_json
 from common.folders import FREE, described, lock, same_command
-from common.images import save_picture
+from common.images import picture_grid, save_picture
 from common.plot import line_plot
 from common.processes import run_script
+from evaluation.prompts import prompt_inside
+from pictures.decode import load_picture
 from pictures.prepared import min_side, read_info
 from studies.compare import markdown, mean_and_spread, validations
 from training.checkpoint import step_path, training_hash
 
-ARMS = {"deferred": "", "naive": "mixer_depth=0 depth=6 learning_rate=1.5e-3",  # each with its best rate and batch at
-        "unmasked": "mask_ratio=0 batch_size=4 learning_rate=8e-4",             # width 64 (docs/log.md)
-        "improved": "mask=grouped mixer_conv=true learning_rate=8e-4"}
-NOT_OF_ARMS = {"data", "val_data", "out", "seed", "max_steps", "unmasked_steps", "check"}
-PLACES = 8  # where FLOPs of a run are counted
+ARMS = {"deferred": "",  # the paper's; each arm has its best rate (docs/masking.md)
+        "deferred_adamw": "optimizer=adamw learning_rate=1e-3",
+        "naive": "mixer_depth=0 depth=6",
+        "improved": "mask=grouped mixer_conv=true",
+        "unmasked": "mask_ratio=0 batch_size=32",
+        "coarse": "mask_ratio=0 patch_size=2",
+        "merged": "mask_ratio=0 mixer_depth=2 model=studies/merged.py"}
+NOT_OF_ARMS = {"data", "val_data", "out", "seed", "max_steps", "unmasked_steps", "schedule", "check"}
+TRUNK = {"schedule": "constant", "unmasked_steps": 0}  # of the run that all budgets branch off
+TAIL = {"schedule": "cosine", "mask_ratio": 0, "warmup_steps": 0, "ema_start": 0, "init_optimizer": True}
+DRAWING = {"steps": 12, "sampler": "dpmpp_2m"}  # how pictures are drawn that are scored
+KINDS, SCORES, COLUMNS = ("seen", "unseen"), ("all", "shape", "relation"), 8  # in the table; pictures of an arm
+PLACES = 3  # where FLOPs of a run are counted
+REPORTING = threading.Lock()
 GPUS = queue.SimpleQueue()  # {"device": GPU} for each run that may begin now
 
 
@@ -78,7 +94,9 @@ def read_arm(folder, width, name, *words):
     for key, _, value in (word.partition("=") for word in words or ARMS.get(name, "").split()):
         arguments += [f"--{key}", *value.split(",")]
     _, changes = parse_command_line(arguments, allowed)
-    model, settings = read_bytes(changes.pop("model", ROOT / "model.py")), settings | changes
+    model, settings = read_bytes(ROOT / changes.pop("model", "model.py")), settings | changes
+    if b"class MicroDiTConfig" not in model:
+        model = read_bytes(ROOT / "model.py") + b"\n\n" + model
     if width:
         factor, head = width / settings["dim"], settings["head_dim"]
         changes |= {"dim": width, "mixer_dim": max(1, int(settings["mixer_dim"] * factor / head)) * head,
@@ -95,11 +113,11 @@ def copy_code(folder, model):
         target = folder / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(model if path == ROOT / "model.py" else path.read_bytes())
-    (folder / "plan.py").write_text(f"from studies import ablate\nablate.print_plans({budgets}, {tail})\n")
+    (folder / "plan.py").write_text(f"from studies import ablate\nablate.print_plans({sorted(budgets)}, {tail})\n")
 
 
 def open_study(arms):
-    """Return what the runs in `out` depend on, for study.json; ValueError if runs there depend on something else."""
+    """Return study.json: what the runs in `out` depend on, and their results; ValueError if that is something else."""
     lock(out)
     settings = script_settings("train.py", config)
     study = {"config": {name: value for name, value in settings.items() if name not in FREE}, "tail": tail,
@@ -109,9 +127,9 @@ def open_study(arms):
     for arm in arms:
         model = hashlib.sha256((arm.code / "model.py").read_bytes()).hexdigest()
         study |= {f"arm {arm.label}": arm.changes, f"model.py of {arm.label}": model}
-    before = described(out, "study.json", r".+-\d+|results\.json|table\.md|losses\.png") or {}
+    before = described(out, "study.json", r".+-\d+|table\.md|(losses|pictures)\.png") or {}
     same_command(out, before, study)
-    return before | study
+    return {"results": []} | before | study
 
 
 def print_plans(budgets, tail):
@@ -142,7 +160,7 @@ def plan(cost, budget, tail):
     their numbers, so the plan is made repeatedly.
     """
     masked, unmasked = 1, 1
-    for _ in range(4):
+    for _ in range(3):
         each = statistics.mean(cost((2 * i + 1) * masked // (2 * PLACES), masked, unmasked) for i in range(PLACES))
         last = cost(masked + unmasked - 1, masked, unmasked)
         masked, unmasked = int(budget * (1 - tail) / each), round(budget * tail / last)
@@ -155,11 +173,10 @@ def slots():
     return parallel or torch.cuda.device_count() or os.cpu_count()
 
 
-def call(arm, script, **more):
-    """Run train.py or plan.py with the settings of an arm, and return what it printed; ValueError if it fails."""
-    gpu, command = GPUS.get(), [sys.executable, arm.code / script, config]
-    folders = {name: value for name, value in (("data", data), ("val_data", val_data)) if value}
-    for name, value in (gpu | arm.changes | {"sample_every": 0, "eval_every": 500} | folders | more).items():
+def call(arm, script, *words, **more):
+    """Run a script beside an arm's model.py, and return what it printed; ValueError if it fails."""
+    gpu, command = GPUS.get(), [sys.executable, arm.code / script, *words]
+    for name, value in (more | gpu).items():
         command += [f"--{name}", *(value if isinstance(value, (tuple, list)) else [value])]
     env = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // slots())), "EXIT_WITH_PARENT": "1"}
     done = subprocess.run(list(map(str, command)), text=True, capture_output=True, env=env)
@@ -169,51 +186,131 @@ def call(arm, script, **more):
     return done.stdout
 
 
+def call_train(arm, script, **more):
+    """Run train.py or plan.py with the settings of an arm."""
+    folders = {name: value for name, value in (("data", data), ("val_data", val_data)) if value}
+    return call(arm, script, config, **arm.changes | {"sample_every": 0, "eval_every": 10 ** 9} | folders | more)
+
+
 def plan_arm(arm):
-    printed = call(arm, "plan.py", out=Path(out, arm.label), seed=seeds[0], compile=False, check=True)
-    arm.plans = dict(zip(budgets, json.loads(printed.splitlines()[-1])))
+    printed = call_train(arm, "plan.py", out=Path(out, arm.label), seed=seeds[0], compile=False, check=True)
+    arm.plans = dict(zip(sorted(budgets), json.loads(printed.splitlines()[-1])))
 
 
-def run(arm, seed, budget):
-    """Train an arm with a seed and a budget, where that is not done yet, and return the result."""
-    masked, unmasked, tflop = arm.plans[budget]
-    folder, steps = Path(out, arm.label, f"{budget:g}-seed{seed}"), masked + unmasked
-    if not step_path(folder, steps).exists():
-        call(arm, "train.py", out=folder, seed=seed, max_steps=steps, unmasked_steps=unmasked)
-    loss = validations(folder).get(steps)
-    if loss is None:
-        raise ValueError(f"{folder}/log.jsonl lacks the validation loss of step {steps}, the last: delete {folder} and "
-                         "give the same command again")
-    print(f"{arm.label}, {budget:g} TFLOP, seed {seed}: {loss:.4f}", flush=True)
-    return {"arm": arm.name, "width": arm.width, "seed": seed, "budget": budget, "tflop": tflop,
-            "steps": [masked, unmasked], "val_loss": loss}
+def run(study, arm, seed):
+    """Train an arm with a seed to every budget, as far as that is not done yet, and take the results into the study."""
+    trunk = Path(out, arm.label, f"seed{seed}")
+    for budget, (masked, unmasked, tflop) in arm.plans.items():
+        about = {"arm": arm.name, "width": arm.width, "seed": seed, "budget": budget}
+        if any(about.items() <= r.items() and (budget not in scored or "scores" in r) for r in study["results"]):
+            continue
+        folder, start = branch(arm, budget, seed), step_path(trunk, masked)
+        if not step_path(folder, unmasked).exists():
+            if not start.exists():
+                call_train(arm, "train.py", out=trunk, seed=seed, max_steps=masked, **TRUNK)
+            call_train(arm, "train.py", out=folder, seed=seed, max_steps=unmasked, init_from=start, **TAIL)
+        before, loss = (validations(path).get(n) for path, n in ((trunk, masked), (folder, unmasked)))
+        if loss is None:
+            raise ValueError(f"{folder}/log.jsonl lacks the validation loss of step {unmasked}, the last: delete "
+                             f"{folder} and give the same command again")
+        result = about | {"tflop": tflop, "steps": [masked, unmasked], "val_loss_before": before, "val_loss": loss}
+        result |= {"scores": score(arm, folder)} if budget in scored else {}
+        print(f"{arm.label}, {budget:g} TFLOP, seed {seed}: {loss:.4f}", flush=True)
+        with REPORTING:
+            study["results"] = [r for r in study["results"] if not about.items() <= r.items()] + [result]
+            report(study)
 
 
-def summarize(results):
-    """Return the results as a Markdown table, and {arm: [(TFLOP, mean loss, least, most) at its best width]}."""
-    groups, curves = defaultdict(list), defaultdict(dict)
+def branch(arm, budget, seed):
+    return Path(out, arm.label, f"{budget:g}-seed{seed}")
+
+
+def score(arm, folder):
+    """Return {"seen" and "unseen": {attribute: [right, of]}} of pictures that a run's network draws."""
+    path = scores_of(folder) / "results.json"
+    if not path.exists():
+        call(arm, "eval_fid.py", checkpoint=folder, out=path.parent, **DRAWING)
+    return {name: entry["attributes"] for name, entry in zip(KINDS, read_json(path)["results"])}
+
+
+def scores_of(folder):
+    return folder.with_name(f"{folder.name}-scores")
+
+
+def curves_of(results):
+    """Return {(arm, width): {seed: [(TFLOP, loss)]}}."""
+    curves = defaultdict(lambda: defaultdict(list))
+    for r in sorted(results, key=lambda r: r["budget"]):
+        curves[r["arm"], r["width"]][r["seed"]].append((r["tflop"], r["val_loss"]))
+    return curves
+
+
+def summarize(results, first):
+    """Return the results as a Markdown table, with mean ± standard deviation over the seeds. first: arm, width."""
+    curves, groups = curves_of(results), defaultdict(list)
     for r in sorted(results, key=lambda r: r["budget"]):
         groups[r["budget"], r["arm"], r["width"]].append(r)
-    for (budget, arm, _), group in groups.items():
-        losses = [r["val_loss"] for r in group]
-        point = group[0]["tflop"], statistics.mean(losses), min(losses), max(losses)
-        curves[arm][budget] = min(point, curves[arm].get(budget, point), key=lambda p: p[1])
-    curves = {arm: list(points.values()) for arm, points in curves.items()}
-    rows = [["TFLOP", "arm", "width", "seeds", "steps", "loss", "FLOPs of the first arm / its own"]]
+    base = curves[tuple(first)]
+    rows = [["TFLOP", "arm", "width", "seeds", "steps", "loss", *(f"{name}, seen and unseen" for name in SCORES),
+             "FLOPs of the first arm / its own"]]
     for (_, arm, width), group in groups.items():
-        losses, tflop, steps = [r["val_loss"] for r in group], group[0]["tflop"], group[0]["steps"]
-        needed = flops_at(statistics.mean(losses), curves[results[0]["arm"]])
+        scores = [r["scores"] for r in group if "scores" in r]
+        shares = [", ".join(mean_and_spread([100 * s[kind][name][0] / s[kind][name][1] for s in scores], 1)
+                            for kind in KINDS if scores) for name in SCORES]
+        tflop, steps = group[0]["tflop"], group[0]["steps"]
+        worth = [gain for r in group for points in base.values()
+                 if (gain := gain_at(tflop, curves[arm, width][r["seed"]], points))]
         rows.append([f"{tflop:.3g}", arm, f"{width}", f"{len(group)}", "{:,} + {:,}".format(*steps),
-                     mean_and_spread(losses), f"{needed / tflop:.2f}" if needed else ""])
-    return markdown(rows), curves
+                     mean_and_spread([r["val_loss"] for r in group]), *shares, mean_and_spread(worth, 2)])
+    return markdown(rows)
+
+
+def gain_at(tflop, points, base):
+    """Return how many times the FLOPs of a curve `base` needs for one loss; None where that is not between its points.
+
+    Both are [(TFLOP, loss)]. The loss is that of `points` at tflop; if `base` never gets there, it is that of `base`.
+    """
+    points, base = ([p for p in curve if p[0] <= 1.1 * tflop] for curve in (points, base))
+    if not base or base[-1][0] < 0.9 * tflop:
+        return None
+    if needed := flops_at(points[-1][1], base):
+        return needed / points[-1][0]
+    return (needed := flops_at(base[-1][1], points)) and base[-1][0] / needed
 
 
 def flops_at(loss, points):
     """Return the FLOPs at which a curve has a loss, straight on logarithmic axes; None where it never has."""
-    for (x0, y0, *_), (x1, y1, *_) in zip(points, points[1:]):
+    for (x0, y0), (x1, y1) in zip(points, points[1:]):
         if y1 <= loss <= y0 and y1 < y0:
             return x0 * math.exp(math.log(x1 / x0) * math.log(loss / y0) / math.log(y1 / y0))
     return None
+
+
+def draw_losses(results):
+    """Return a plot of the mean of the seeds at each budget, and a band from the least to the most."""
+    widths, lines = {r["width"] for r in results}, {}
+    for (arm, width), by_seed in curves_of(results).items():
+        points = defaultdict(list)
+        for tflop, loss in sum(by_seed.values(), []):
+            points[tflop].append(loss)
+        lines[f"{arm}, {width} wide" if len(widths) > 1 else arm] = [
+            (tflop, statistics.mean(losses), min(losses), max(losses)) for tflop, losses in sorted(points.items())]
+    return line_plot(lines, "training TFLOP", "validation loss", log="xy")
+
+
+def draw_pictures(arms):
+    """Return a grid with a row for each arm: its pictures of the same prompts, with one seed and the largest budget."""
+    found = [(arm.label, path) for arm in arms
+             for path in sorted(scores_of(branch(arm, max(scored), seeds[0])).glob("shapes/*/*.png"))[:COLUMNS]]
+    texts = [f"{label}: {prompt_inside(path)}" for label, path in found]
+    return found and picture_grid([load_picture(path, 1) for _, path in found], COLUMNS, texts)
+
+
+def report(study):
+    """Write study.json, and its results as a table and a plot."""
+    write_json(Path(out, "study.json"), study)
+    write_bytes(Path(out, "table.md"), f"{summarize(study['results'], study['first'])}\n".encode())
+    save_picture(Path(out, "losses.png"), draw_losses(study["results"]))
 
 
 def main(chosen=()):
@@ -227,15 +324,16 @@ def main(chosen=()):
         for i in range(slots()):
             GPUS.put({"device": f"cuda:{i % gpus}"} if gpus else {})
         list(pool.map(plan_arm, arms))  # which writes nothing
+        study["first"] = [arms[0].name, arms[0].width]  # which the others are compared with
         write_json(Path(out, "study.json"), study)
-        jobs = [(arm, seed, budget) for seed in seeds for budget in sorted(budgets) for arm in arms]
+        jobs = [(study, arm, seed) for seed in seeds for arm in arms]
         print(f"{len(jobs)} runs, {slots()} side by side, into {out}/", flush=True)
-        results = list(pool.map(run, *zip(*jobs)))  # after a failure no other run is begun
-    table, curves = summarize(results)
-    write_json(Path(out, "results.json"), results)
-    write_bytes(Path(out, "table.md"), f"{table}\n".encode())
-    save_picture(Path(out, "losses.png"), line_plot(curves, "training TFLOP", "loss at the best width", log="xy"))
-    print(f"\n{table}\n\n{out}: table.md, results.json, losses.png")
+        list(pool.map(run, *zip(*jobs)))  # after a failure no other run is begun
+    report(study)
+    if pictures := scored and draw_pictures(arms):
+        save_picture(Path(out, "pictures.png"), pictures)
+    print(f"\n{read_bytes(Path(out, 'table.md')).decode()}\n{out}: study.json, table.md, losses.png"
+          + ", pictures.png" * bool(pictures))
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ from common.plot import line_plot
 from common.processes import run_script
 
 
-def mean_and_spread(values):
-    return " ± ".join(f"{f(values):.4f}" for f in (statistics.mean, statistics.stdev)[:len(values)])
+def mean_and_spread(values, digits=4):
+    return " ± ".join(f"{f(values):.{digits}f}" for f in (statistics.mean, statistics.stdev)[:len(values)])
 
 
 def markdown(rows):

@@ -1,12 +1,17 @@
 """studies: what steps cost, a small study from the first run to the table, and curves of several runs."""
 
 import json
+import math
 import queue
 import re
+import shutil
+import sys
+import types
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT, SMALL, forked, launch
 from PIL import Image
 
@@ -40,35 +45,48 @@ def study(shapes16, tmp_path, monkeypatch):
     return run
 
 
-def test_a_study_goes_on_and_grows(study, tmp_path):
+def test_a_study_goes_on_and_grows(study, tmp_path, monkeypatch):
     edited = (ROOT / "model.py").read_text().replace(GELU, "F.relu(torch.bmm(taken, self.w1)).square()")
     (tmp_path / "relu2.py").write_text(edited)
     arms = [["gelu"], ["relu2", f"model={tmp_path}/relu2.py", "mlp_ratio=1,1"]]
-    study("--budgets", 0.0004, "--seeds", 3, arms=arms[:1])
-    assert study.calls == ["plan.py", "train.py"]
-    study("--budgets", 0.0004, 0.0008, "--seeds", 3, arms=arms)
-    assert study.calls[2:] == ["plan.py"] * 2 + ["train.py"] * 3  # what was there is not made again
-    results = json.loads((study.out / "results.json").read_text())
-    assert [(r["arm"], r["budget"]) for r in results] == [(a, b) for b in (0.0004, 0.0008) for a in ("gelu", "relu2")]
+    monkeypatch.setattr(ablate, "DRAWING", {"steps": 1, "count": 9})
+    study("--budgets", 0.0004, "--seeds", 3, "--scored=", arms=arms[:1])
+    assert study.calls == ["plan.py", "train.py", "train.py"]
+    both = "--budgets", 0.0008, 0.0004, "--seeds", 3, "--scored", 0.0008
+    study(*both, arms=arms)
+    assert sorted(study.calls[3:]) == ["eval_fid.py"] * 2 + ["plan.py"] * 2 + ["train.py"] * 6
+    results = json.loads((study.out / "study.json").read_text())["results"]
+    assert sorted((r["budget"], r["arm"]) for r in results) == [(b, a) for b in (4e-4, 8e-4) for a in ("gelu", "relu2")]
     for r in results:
-        folder = study.out / f"{r['arm']}-32/{r['budget']:g}-seed3"
-        run = json.loads((folder / "run.json").read_text())["settings"]
-        assert r["steps"] == [run["max_steps"] - run["unmasked_steps"], run["unmasked_steps"]] and run["seed"] == 3
+        folder = study.out / f"{r['arm']}-32"
+        trunk, end = (json.loads((folder / name / "run.json").read_text())["settings"]
+                      for name in ("seed3", f"{r['budget']:g}-seed3"))
+        assert trunk["schedule"] == "constant" and trunk["mask_ratio"] > 0 == end["mask_ratio"]
+        assert end["max_steps"] == r["steps"][1] and end["init_optimizer"] and trunk["seed"] == end["seed"] == 3
+        assert end["init_from"] == f"{folder}/seed3/step_{r['steps'][0]:08d}.safetensors"
         assert r["tflop"] == pytest.approx(r["budget"], rel=0.2) and 0.1 < r["val_loss"] < 3
-        assert ("F.relu(" in (folder / "model.py").read_text()) == (r["arm"] == "relu2")
-        assert run["mlp_ratio"] == ([1, 1] if r["arm"] == "relu2" else [0.5, 4.0])
+        assert ("F.relu(" in (folder / "seed3/model.py").read_text()) == (r["arm"] == "relu2")
+        assert trunk["mlp_ratio"] == end["mlp_ratio"] == ([1, 1] if r["arm"] == "relu2" else [0.5, 4.0])
+        assert ("scores" in r) == (r["budget"] == 0.0008)
+        for kind, seen in r.get("scores", {}).items():
+            assert kind in ("seen", "unseen") and seen["all"][1] == 9 and 0 <= seen["shape"][0] <= seen["shape"][1] > 8
     text = (study.out / "table.md").read_text()
-    assert text.count("| gelu | 32 | 1 |") == text.count("| relu2 | 32 | 1 |") == 2 and text.count("| 1.00 |") == 2
+    assert text.count("| gelu | 32 | 1 |") == text.count("| relu2 | 32 | 1 |") == 2 and text.count("| 1.00 |") == 1
     assert Image.open(study.out / "losses.png").size[0] > 500
+    assert Image.open(study.out / "pictures.png").size[0] > 8 * 128
 
+    shutil.rmtree(study.out / "relu2-32")  # its results are known
+    del study.calls[:]
+    study(*both, arms=arms)
+    assert study.calls == ["plan.py"] * 2 and (study.out / "table.md").read_text() == text
     log = study.out / "gelu-32/0.0004-seed3/log.jsonl"
     log.write_text("\n".join(line for line in log.read_text().splitlines() if "val_loss" not in line))
-    gelu = SimpleNamespace(label="gelu-32", plans={0.0004: (*results[0]["steps"], 0.0)})
+    gelu = SimpleNamespace(label="gelu-32", name="gelu", width=32, plans={0.0004: (*results[0]["steps"], 0.0)})
     with pytest.raises(ValueError, match=r"log.jsonl lacks the validation loss of step \d+, the last"):
-        ablate.run(gelu, 3, 0.0004)
+        ablate.run({"results": []}, gelu, 3)
     del study.calls[:]
     (tmp_path / "relu2.py").write_text(f"{edited}# again")
-    for words, now, differs in (([], arms, "model.py of relu2-32"), (["--tail", 0.2], arms, "tail: 0.1 there, 0.2"),
+    for words, now, differs in (([], arms, "model.py of relu2-32"), (["--tail", 0.3], arms, "tail: 0.2 there, 0.3"),
                                 ([], [["gelu", "depth=5"]], "arm gelu-32"), ([], arms[:1], "train.py and training/")):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match=f"another command .*{differs}"):
             if "train.py" in differs:
@@ -78,6 +96,34 @@ def test_a_study_goes_on_and_grows(study, tmp_path):
     with pytest.raises(ValueError, match="study.json cannot be used"):
         study()
     assert not study.calls
+
+
+def test_the_arms_of_the_masking_study(tmp_path, monkeypatch):
+    """Each is a network; of the merged one every patch depends on every other, and it learns the copy of its input"""
+    monkeypatch.setattr(ablate, "config", str(ROOT / "config/masking.py"))
+    monkeypatch.setitem(sys.modules, "model", None)  # that each file is one by itself
+    for name in ablate.ARMS:
+        arm, net = ablate.read_arm(tmp_path, 0, name), types.ModuleType("model")
+        sys.modules["model"] = net
+        exec(compile((arm.code / "model.py").read_text(), name, "exec"), vars(net))
+        settings = ablate.script_settings("train.py", ablate.config) | arm.changes
+        sizes = {field: settings[field] for field in net.MicroDiTConfig.__dataclass_fields__ if field in settings}
+        torch.manual_seed(0)
+        merged = net.MicroDiT(net.MicroDiTConfig(**sizes, caption_dim=128))
+        x, captions, c_noise = torch.randn(1, 4, 16, 16), torch.randn(1, 3, 128), torch.zeros(1)
+        assert merged(x, c_noise, captions).shape == x.shape
+    assert name == "merged" and hasattr(merged, "part")
+    adamw = torch.optim.AdamW(merged.parameters(), 2e-3)
+    for _ in range(60):
+        loss = (merged(x, c_noise, captions) - x).square().mean()
+        loss.backward()
+        adamw.step(), adamw.zero_grad()
+    assert loss < 0.5
+    x.requires_grad_()
+    merged(x, c_noise, captions)[0, :, 3, 12].sum().backward()
+    assert (x.grad != 0).all()
+    with pytest.raises(ValueError, match="keeps all patches: mask_ratio must be 0"):
+        merged(x, c_noise, captions, ids_keep=torch.zeros(1, 1, dtype=torch.int64))
 
 
 def planned(shapes16, *words, code):
@@ -116,14 +162,22 @@ def test_what_the_table_and_the_curves_say():
     base = [(1, 0.4), (10, 0.2), (100, 0.1)]
     for loss, at in ((0.4, 1), (0.2, 10), (0.1, 100), (0.2 * 2 ** 0.5, 10 ** 0.5), (0.05, None), (0.8, None)):
         assert ablate.flops_at(loss, base) == (at and pytest.approx(at))
-    numbers = [("a", 32, 10, 0.3), ("a", 32, 1, 0.3), ("a", 32, 1, 0.5), ("a", 64, 1, 0.2), ("a", 64, 1, 0.9),
-               ("a", 64, 10, 0.2), ("b", 32, 1, 0.2), ("b", 32, 10, 0.1)]
-    names = ("arm", "width", "budget", "val_loss")
-    text, curves = ablate.summarize([dict(zip(names, r)) | {"tflop": r[2], "steps": [1000, 9]} for r in numbers])
-    assert curves == {"a": [(1, 0.4, 0.3, 0.5), (10, 0.2, 0.2, 0.2)], "b": [(1, 0.2, 0.2, 0.2), (10, 0.1, 0.1, 0.1)]}
-    for line in ("a | 32 | 2 | 1,000 + 9 | 0.4000 ± 0.1414 | 1.00", "a | 64 | 2 | 1,000 + 9 | 0.5500 ± 0.4950 | ",
-                 "b | 32 | 1 | 1,000 + 9 | 0.2000 | 10.00"):
-        assert f"| 1 | {line} |" in text
+    better, worse = [(1, 0.5), (10, 0.1), (100, 0.05)], [(1, 0.5), (10, 0.4), (100, 0.2)]
+    for tflop, points, gain in ((100, worse, 0.1), (100, better, 10), (100, base, 1), (10, worse, 0.1),
+                                (10, better, 10 ** (1 - math.log(0.4) / math.log(0.2))), (1, better, None)):
+        assert ablate.gain_at(tflop, points, base) == (gain and pytest.approx(gain))
+    assert ablate.gain_at(100, better, base[:2]) is ablate.gain_at(100, better, []) is None  # nothing is extrapolated
+    numbers = [("a", 32, 0, 1, 0.3), ("a", 32, 0, 10, 0.1), ("a", 32, 1, 1, 0.5), ("a", 32, 1, 10, 0.2),
+               ("b", 32, 0, 1, 0.2), ("b", 64, 0, 1, 0.4)]
+    results = [dict(zip(("arm", "width", "seed", "budget", "val_loss"), r)) | {"tflop": r[3], "steps": [1000, 9]}
+               for r in numbers]
+    counts = {"all": [64, 256], "shape": [3, 4], "relation": [0, 5]}
+    results[1]["scores"] = {"seen": counts, "unseen": counts | {"all": [0, 256]}}
+    text = ablate.summarize(results, ("a", 32))
+    for line in ("1 | a | 32 | 2 | 1,000 + 9 | 0.4000 ± 0.1414 |  |  |  |  |",
+                 "10 | a | 32 | 2 | 1,000 + 9 | 0.1500 ± 0.0707 | 25.0, 0.0 | 75.0, 75.0 | 0.0, 0.0 | 1.63 ± 1.80 |",
+                 "1 | b | 64 | 1 | 1,000 + 9 | 0.4000 |  |  |  |  |"):
+        assert f"| {line}" in text
 
 
 @pytest.mark.parametrize("words, arms, message", [
@@ -143,10 +197,10 @@ def test_what_cannot_be_is_refused(study, words, arms, message):
 def test_the_command_line_and_widths(tmp_path, monkeypatch):
     assert "needs a name" in launch("studies.ablate", "--out=o", "--arm", "a", "depth=9", "--arm", "../b", fails=True)
     monkeypatch.setattr(ablate, "config", str(ROOT / "config/masking.py"))
-    wide = ablate.read_arm(tmp_path, 128, "deferred")
-    assert wide.changes == {"dim": 128, "mixer_dim": 96, "learning_rate": 2e-4} and wide.label == "deferred-128"
+    wide = ablate.read_arm(tmp_path, 192, "deferred")
+    assert wide.changes == {"dim": 192, "mixer_dim": 128, "learning_rate": 2.5e-3} and wide.label == "deferred-192"
     improved = ablate.read_arm(tmp_path, 0, "improved")
-    assert improved.changes["mixer_conv"] and improved.width == 64
+    assert improved.changes["mixer_conv"] and improved.width == 96
 
 
 def test_runs_side_by_side_have_gpus_of_their_own(study, monkeypatch):
