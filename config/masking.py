@@ -1,5 +1,5 @@
 """
-The network of studies.ablate: 1.3 M parameters, the paper's shape in small, with 256 patches.
+The network of studies.ablate: 1.2 M parameters, the paper's shape in small, with 256 patches.
 
     python train_vae.py --downsample 4 --out runs/masking_vae
     python prepare_latents.py --vae runs/masking_vae/vae.safetensors --resolutions 64 --limit 40000 --out data/masking

@@ -5,9 +5,9 @@ Train networks in several ways, called arms, and compare them at equal training 
     python -m studies.ablate --widths 32 64 --arm deferred --arm flat mlp_ratio=1.2,1.2
     python -m studies.ablate --config config/tiny.py --budgets 10 20 --arm gelu --arm relu2 model=my_model.py
 
-Each --arm NAME key=value ... changes settings of train.py, and model=FILE takes another model.py, or an end for the
-repository's, such as studies/merged.py. A name alone stands for the arm of that name in ARMS, or else for the config
-itself. Arms come last on the command line.
+Each --arm NAME key=value ... changes settings of train.py, and model=FILE takes another model.py, or code to put
+behind the repository's, as studies/merged.py is. A name alone stands for the arm of that name in ARMS, or else for the
+config itself. Arms come last on the command line, and the first one of a study is what the others are compared with.
 
 Each arm, width and seed is one run at a constant rate, from a copy of the Python files. At each budget a second phase
 branches off, without masking and with a falling rate, and that is what is compared. The same command goes on where it
@@ -25,7 +25,7 @@ val_data = ()                 # prepared folders to validate on; empty: those of
 out = "runs/study"            # folder of the runs, study.json, table.md, losses.png and pictures.png
 widths = (0,)                 # widths, with which the mixer's and the learning rate change; 0: the config's (>= 0)
 budgets = (10.0, 30.0, 100.0)  # training TFLOP at which the arms are compared (> 0)
-scored = (100.0,)             # budgets at which 2 x 256 pictures of the built-in set are drawn and judged
+scores = True                 # with the built-in set: draw 2 x 256 pictures at each budget, and count what is right
 tail = 0.2                    # share of a budget that its unmasked end takes (> 0, < 1)
 seeds = (0,)                  # seeds of every arm (>= 0)
 parallel = 0                  # runs side by side; 0: one for each GPU, or for each core (>= 0)
@@ -35,7 +35,6 @@ if __name__ == "__main__":
     sys.argv, *chosen_arms = parts
     configure(globals())
 
-import functools
 import hashlib
 import importlib
 import json
@@ -48,7 +47,7 @@ import subprocess
 import tempfile
 import threading
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,21 +64,23 @@ from evaluation.prompts import prompt_inside
 from pictures.decode import load_picture
 from pictures.prepared import min_side, read_info
 from studies.compare import markdown, mean_and_spread, validations
-from training.checkpoint import step_path, training_hash
+from training.checkpoint import step_of, step_path, steps_of, training_hash
 
 ARMS = {"deferred": "",  # the paper's; each arm has its best rate (docs/masking.md)
         "deferred_adamw": "optimizer=adamw learning_rate=1e-3",
         "naive": "mixer_depth=0 depth=6",
         "improved": "mask=grouped mixer_conv=true",
-        "unmasked": "mask_ratio=0 batch_size=32",
+        "unmasked": "mask_ratio=0 batch_size=32 learning_rate=2.5e-3",
         "coarse": "mask_ratio=0 patch_size=2",
         "merged": "mask_ratio=0 mixer_depth=2 model=studies/merged.py"}
 NOT_OF_ARMS = {"data", "val_data", "out", "seed", "max_steps", "unmasked_steps", "schedule", "check"}
 TRUNK = {"schedule": "constant", "unmasked_steps": 0}  # of the run that all budgets branch off
-TAIL = {"schedule": "cosine", "mask_ratio": 0, "warmup_steps": 0, "ema_start": 0, "init_optimizer": True}
+TAIL = {"schedule": "cosine", "mask_ratio": 0, "warmup_steps": 0, "ema_decay": 0, "init_optimizer": True}
 DRAWING = {"steps": 12, "sampler": "dpmpp_2m"}  # how pictures are drawn that are scored
-KINDS, SCORES, COLUMNS = ("seen", "unseen"), ("all", "shape", "relation"), 8  # in the table; pictures of an arm
-PLACES = 3  # where FLOPs of a run are counted
+KINDS = "seen", "unseen"  # of pairs of colour and shape
+SCORES = "all", "shape", "relation"  # in the table
+COLUMNS = 8  # pictures of each arm in pictures.png
+FAILED = threading.Event()  # one has, and the others stop where their next script would begin
 REPORTING = threading.Lock()
 GPUS = queue.SimpleQueue()  # {"device": GPU} for each run that may begin now
 
@@ -113,7 +114,7 @@ def copy_code(folder, model):
         target = folder / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(model if path == ROOT / "model.py" else path.read_bytes())
-    (folder / "plan.py").write_text(f"from studies import ablate\nablate.print_plans({sorted(budgets)}, {tail})\n")
+    (folder / "plan.py").write_text("from studies import ablate\nablate.print_costs()\n")
 
 
 def open_study(arms):
@@ -129,44 +130,36 @@ def open_study(arms):
         study |= {f"arm {arm.label}": arm.changes, f"model.py of {arm.label}": model}
     before = described(out, "study.json", r".+-\d+|table\.md|(losses|pictures)\.png") or {}
     same_command(out, before, study)
-    return {"results": []} | before | study
+    return {"first": [arms[0].name, arms[0].width], "results": []} | before | study
 
 
-def print_plans(budgets, tail):
-    """Print the plan for each budget. An arm's plan.py calls this, beside the arm's train.py and model.py.
+def print_costs():
+    """Print the TFLOP of a masked and of a whole step. An arm's plan.py calls this, beside its train.py and model.py.
 
-    It makes real steps and counts their products: forward, backward, the optimizer's, and a pass without gradients.
+    Real steps are made, and their products counted: forward, backward, Muon's, and of passes without gradients.
     """
     train = importlib.import_module("train")
     train.settings = configure(vars(train))
 
-    def plan_instead(make_step, state, *_):
-        @functools.cache
-        def cost(step, masked, unmasked):
-            state.step, train.max_steps, train.unmasked_steps = step, masked + unmasked, unmasked
+    def count_instead(make_step, *_):
+        costs = []
+        for masked in (train.mask_ratio > 0, False):
             # other kinds of attention are not counted on every machine
             with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-                make_step(train.is_masked(step))
-            return counter.get_total_flops() / 1e12
-        print(json.dumps([plan(cost, budget, tail) for budget in budgets]))
-    train.try_run = plan_instead  # which --check calls when all is set up
+                make_step(masked)
+            costs.append(counter.get_total_flops() / 1e12)
+        print(json.dumps(costs))
+    train.try_run = count_instead  # which --check calls when all is set up
     run_script("train.py", train.main)
 
 
-def plan(cost, budget, tail):
-    """Return (masked steps, unmasked ones after them, TFLOP) of the run that spends a budget.
-
-    cost(step, masked, unmasked) is the cost of a step in a run of so many masked and unmasked steps. It may depend on
-    their numbers, so the plan is made repeatedly.
-    """
-    masked, unmasked = 1, 1
-    for _ in range(3):
-        each = statistics.mean(cost((2 * i + 1) * masked // (2 * PLACES), masked, unmasked) for i in range(PLACES))
-        last = cost(masked + unmasked - 1, masked, unmasked)
-        masked, unmasked = int(budget * (1 - tail) / each), round(budget * tail / last)
-        if masked < 1 or tail and unmasked < 1:
-            raise ValueError(f"a budget of {budget:g} TFLOP is too small: a step costs {each:.3g}, unmasked {last:.3g}")
-    return masked, unmasked, masked * each + unmasked * last
+def plan(budget, masked_cost, whole_cost):
+    """Return (steps, steps of the end on whole pictures, TFLOP) that spend a budget, where steps cost so many TFLOP."""
+    steps, end = int(budget * (1 - tail) / masked_cost), round(budget * tail / whole_cost)
+    if min(steps, end) < 1:
+        raise ValueError(f"a budget of {budget:g} TFLOP is too small: a step costs {masked_cost:.3g}, a whole one "
+                         f"{whole_cost:.3g}")
+    return steps, end, steps * masked_cost + end * whole_cost
 
 
 def slots():
@@ -179,10 +172,15 @@ def call(arm, script, *words, **more):
     for name, value in (more | gpu).items():
         command += [f"--{name}", *(value if isinstance(value, (tuple, list)) else [value])]
     env = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // slots())), "EXIT_WITH_PARENT": "1"}
-    done = subprocess.run(list(map(str, command)), text=True, capture_output=True, env=env)
-    GPUS.put(gpu)
-    if done.returncode:
-        raise ValueError(f"arm {arm.label}: {(done.stderr.strip() or '?').splitlines()[-1]}")
+    try:
+        if FAILED.is_set():
+            raise ValueError(f"arm {arm.label}: stopped, as another arm failed")
+        done = subprocess.run(list(map(str, command)), text=True, capture_output=True, env=env)
+        if done.returncode:
+            FAILED.set()
+            raise ValueError(f"arm {arm.label}: {(done.stderr.strip() or '?').splitlines()[-1]}")
+    finally:
+        GPUS.put(gpu)
     return done.stdout
 
 
@@ -194,31 +192,42 @@ def call_train(arm, script, **more):
 
 def plan_arm(arm):
     printed = call_train(arm, "plan.py", out=Path(out, arm.label), seed=seeds[0], compile=False, check=True)
-    arm.plans = dict(zip(sorted(budgets), json.loads(printed.splitlines()[-1])))
+    try:
+        arm.plans = {budget: plan(budget, *json.loads(printed.splitlines()[-1])) for budget in sorted(budgets)}
+    except ValueError as error:
+        raise ValueError(f"arm {arm.label}: {error}") from None
 
 
 def run(study, arm, seed):
     """Train an arm with a seed to every budget, as far as that is not done yet, and take the results into the study."""
     trunk = Path(out, arm.label, f"seed{seed}")
-    for budget, (masked, unmasked, tflop) in arm.plans.items():
+    for budget, (steps, end, tflop) in arm.plans.items():
         about = {"arm": arm.name, "width": arm.width, "seed": seed, "budget": budget}
-        if any(about.items() <= r.items() and (budget not in scored or "scores" in r) for r in study["results"]):
-            continue
-        folder, start = branch(arm, budget, seed), step_path(trunk, masked)
-        if not step_path(folder, unmasked).exists():
-            if not start.exists():
-                call_train(arm, "train.py", out=trunk, seed=seed, max_steps=masked, **TRUNK)
-            call_train(arm, "train.py", out=folder, seed=seed, max_steps=unmasked, init_from=start, **TAIL)
-        before, loss = (validations(path).get(n) for path, n in ((trunk, masked), (folder, unmasked)))
-        if loss is None:
-            raise ValueError(f"{folder}/log.jsonl lacks the validation loss of step {unmasked}, the last: delete "
-                             f"{folder} and give the same command again")
-        result = about | {"tflop": tflop, "steps": [masked, unmasked], "val_loss_before": before, "val_loss": loss}
-        result |= {"scores": score(arm, folder)} if budget in scored else {}
-        print(f"{arm.label}, {budget:g} TFLOP, seed {seed}: {loss:.4f}", flush=True)
-        with REPORTING:
-            study["results"] = [r for r in study["results"] if not about.items() <= r.items()] + [result]
-            report(study)
+        if not (result := next((r for r in study["results"] if about.items() <= r.items()), None)):
+            train(arm, seed, trunk, branch(arm, budget, seed), steps, end)
+            before, loss = (validations(path).get(n) for path, n in ((trunk, steps), (branch(arm, budget, seed), end)))
+            if loss is None:
+                raise ValueError(f"{branch(arm, budget, seed)}/log.jsonl lacks the validation loss of step {end}, the "
+                                 "last: delete that folder and give the same command again")
+            result = about | {"tflop": tflop, "steps": [steps, end], "val_loss_before": before, "val_loss": loss}
+            print(f"{arm.label}, {budget:g} TFLOP, seed {seed}: {loss:.4f}", flush=True)
+            report(study, result)
+        built_in = all(settings["source"] == "shapes" for *_, settings in study["pictures"])
+        if scores and built_in and "scores" not in result:
+            report(study, result | {"scores": score(arm, branch(arm, budget, seed))})
+
+
+def train(arm, seed, trunk, folder, steps, end):
+    """Train the trunk to so many steps, and from there the end on whole pictures, as far as that is not done yet."""
+    start, there = step_path(trunk, steps), [step_of(path) for path in steps_of(trunk)]
+    if step_path(folder, end).exists():
+        return
+    if not start.exists():
+        if there and max(there) > steps:
+            raise ValueError(f"{trunk} is past step {steps:,}, where a budget would branch off: only larger ones can "
+                             "be added, so leave it out or give another --out")
+        call_train(arm, "train.py", out=trunk, seed=seed, max_steps=steps, **TRUNK)
+    call_train(arm, "train.py", out=folder, seed=seed, max_steps=end, init_from=start, **TAIL)
 
 
 def branch(arm, budget, seed):
@@ -245,41 +254,40 @@ def curves_of(results):
     return curves
 
 
+def mean_curve(by_seed):
+    """Return [(TFLOP, mean loss, least, most)] of {seed: [(TFLOP, loss)]}."""
+    losses = defaultdict(list)
+    for tflop, loss in sum(by_seed.values(), []):
+        losses[tflop].append(loss)
+    return [(tflop, statistics.mean(at), min(at), max(at)) for tflop, at in sorted(losses.items())]
+
+
 def summarize(results, first):
     """Return the results as a Markdown table, with mean ± standard deviation over the seeds. first: arm, width."""
     curves, groups = curves_of(results), defaultdict(list)
-    for r in sorted(results, key=lambda r: r["budget"]):
+    for r in results:
         groups[r["budget"], r["arm"], r["width"]].append(r)
-    base = curves[tuple(first)]
-    rows = [["TFLOP", "arm", "width", "seeds", "steps", "loss", *(f"{name}, seen and unseen" for name in SCORES),
-             "FLOPs of the first arm / its own"]]
-    for (_, arm, width), group in groups.items():
-        scores = [r["scores"] for r in group if "scores" in r]
-        shares = [", ".join(mean_and_spread([100 * s[kind][name][0] / s[kind][name][1] for s in scores], 1)
-                            for kind in KINDS if scores) for name in SCORES]
-        tflop, steps = group[0]["tflop"], group[0]["steps"]
-        worth = [gain for r in group for points in base.values()
-                 if (gain := gain_at(tflop, curves[arm, width][r["seed"]], points))]
-        rows.append([f"{tflop:.3g}", arm, f"{width}", f"{len(group)}", "{:,} + {:,}".format(*steps),
-                     mean_and_spread([r["val_loss"] for r in group]), *shares, mean_and_spread(worth, 2)])
-    return markdown(rows)
-
-
-def gain_at(tflop, points, base):
-    """Return how many times the FLOPs of a curve `base` needs for one loss; None where that is not between its points.
-
-    Both are [(TFLOP, loss)]. The loss is that of `points` at tflop; if `base` never gets there, it is that of `base`.
-    """
-    points, base = ([p for p in curve if p[0] <= 1.1 * tflop] for curve in (points, base))
-    if not base or base[-1][0] < 0.9 * tflop:
-        return None
-    if needed := flops_at(points[-1][1], base):
-        return needed / points[-1][0]
-    return (needed := flops_at(base[-1][1], points)) and base[-1][0] / needed
+    base, rows = [p[:2] for p in mean_curve(curves[tuple(first)])], []
+    for (budget, arm, width), group in groups.items():
+        losses, tflop, steps = [r["val_loss"] for r in group], group[0]["tflop"], group[0]["steps"]
+        judged = [r["scores"] for r in group if "scores" in r]
+        shares = [", ".join(mean_and_spread([100 * s[kind][name][0] / max(1, s[kind][name][1]) for s in judged], 1)
+                            for kind in KINDS if judged) for name in SCORES]
+        worth = [needed and needed / tflop for needed in (flops_at(loss, base) for loss in losses)]
+        if None not in worth:
+            worth = mean_and_spread(worth, 2)
+        else:  # beyond where the first arm has been
+            worth = f"> {base[-1][0] / tflop:.2f}" if base and max(losses) < base[-1][1] else ""
+        rows.append((budget, -statistics.mean(losses), [
+            f"{tflop:.3g}", arm, f"{width}", f"{len(group)}", "{:,} + {:,}".format(*steps),
+            mean_and_spread([r["val_loss_before"] for r in group]), mean_and_spread(losses), *shares, worth]))
+    titles = ["TFLOP", "arm", "width", "seeds", "steps", "loss before the end", "loss",
+              *(f"{name} right, seen and unseen, %" for name in SCORES), f"FLOPs of {first[0]} for that loss / its own"]
+    return markdown([titles, *(row for *_, row in sorted(rows, key=lambda row: row[:2]))])
 
 
 def flops_at(loss, points):
-    """Return the FLOPs at which a curve has a loss, straight on logarithmic axes; None where it never has."""
+    """Return the FLOPs at which a curve [(FLOPs, loss)] has a loss, straight on logarithmic axes, or None."""
     for (x0, y0), (x1, y1) in zip(points, points[1:]):
         if y1 <= loss <= y0 and y1 < y0:
             return x0 * math.exp(math.log(x1 / x0) * math.log(loss / y0) / math.log(y1 / y0))
@@ -287,35 +295,36 @@ def flops_at(loss, points):
 
 
 def draw_losses(results):
-    """Return a plot of the mean of the seeds at each budget, and a band from the least to the most."""
-    widths, lines = {r["width"] for r in results}, {}
-    for (arm, width), by_seed in curves_of(results).items():
-        points = defaultdict(list)
-        for tflop, loss in sum(by_seed.values(), []):
-            points[tflop].append(loss)
-        lines[f"{arm}, {width} wide" if len(widths) > 1 else arm] = [
-            (tflop, statistics.mean(losses), min(losses), max(losses)) for tflop, losses in sorted(points.items())]
+    """Return a plot of the mean loss of the seeds at each budget, with a band from the least to the most."""
+    widths = {r["width"] for r in results}
+    lines = {f"{arm}, {width} wide" if len(widths) > 1 else arm: mean_curve(by_seed)
+             for (arm, width), by_seed in curves_of(results).items()}
     return line_plot(lines, "training TFLOP", "validation loss", log="xy")
 
 
 def draw_pictures(arms):
     """Return a grid with a row for each arm: its pictures of the same prompts, with one seed and the largest budget."""
     found = [(arm.label, path) for arm in arms
-             for path in sorted(scores_of(branch(arm, max(scored), seeds[0])).glob("shapes/*/*.png"))[:COLUMNS]]
+             for path in sorted(scores_of(branch(arm, max(budgets), seeds[0])).glob("shapes/*/*.png"))[:COLUMNS]]
     texts = [f"{label}: {prompt_inside(path)}" for label, path in found]
     return found and picture_grid([load_picture(path, 1) for _, path in found], COLUMNS, texts)
 
 
-def report(study):
-    """Write study.json, and its results as a table and a plot."""
-    write_json(Path(out, "study.json"), study)
-    write_bytes(Path(out, "table.md"), f"{summarize(study['results'], study['first'])}\n".encode())
-    save_picture(Path(out, "losses.png"), draw_losses(study["results"]))
+def report(study, result):
+    """Take in a result, and write study.json, the table and the plot."""
+    with REPORTING:
+        place = [result[key] for key in ("arm", "width", "seed", "budget")]
+        study["results"] = [r for r in study["results"]
+                            if [r[key] for key in ("arm", "width", "seed", "budget")] != place] + [result]
+        write_json(Path(out, "study.json"), study)
+        write_bytes(Path(out, "table.md"), f"{summarize(study['results'], study['first'])}\n".encode())
+        save_picture(Path(out, "losses.png"), draw_losses(study["results"]))
 
 
 def main(chosen=()):
     if not (seeds and widths and budgets):
         raise ValueError(f"seeds {seeds}, widths {widths}, budgets {budgets}: at least one of each")
+    FAILED.clear()
     with tempfile.TemporaryDirectory() as code, ThreadPoolExecutor(slots()) as pool:
         arms = [read_arm(code, width, *words) for words in chosen or [[name] for name in ARMS] for width in widths]
         if len({arm.label for arm in arms}) < len(arms):
@@ -324,13 +333,11 @@ def main(chosen=()):
         for i in range(slots()):
             GPUS.put({"device": f"cuda:{i % gpus}"} if gpus else {})
         list(pool.map(plan_arm, arms))  # which writes nothing
-        study["first"] = [arms[0].name, arms[0].width]  # which the others are compared with
         write_json(Path(out, "study.json"), study)
-        jobs = [(study, arm, seed) for seed in seeds for arm in arms]
-        print(f"{len(jobs)} runs, {slots()} side by side, into {out}/", flush=True)
-        list(pool.map(run, *zip(*jobs)))  # after a failure no other run is begun
-    report(study)
-    if pictures := scored and draw_pictures(arms):
+        print(f"{len(arms) * len(seeds)} arms and seeds, {slots()} side by side, into {out}/", flush=True)
+        for ended in as_completed([pool.submit(run, study, arm, seed) for seed in seeds for arm in arms]):
+            ended.result()  # raises what the first that failed has raised
+    if pictures := draw_pictures(arms):
         save_picture(Path(out, "pictures.png"), pictures)
     print(f"\n{read_bytes(Path(out, 'table.md')).decode()}\n{out}: study.json, table.md, losses.png"
           + ", pictures.png" * bool(pictures))

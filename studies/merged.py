@@ -1,10 +1,10 @@
 """
-An end for model.py that masks nothing (cat model.py studies/merged.py > merged_model.py): behind the first mixer block
-it joins 2 x 2 tokens into one, so that the backbone sees the whole picture in a quarter of the tokens, as MPDiT does
-(2603.26357). Then each is parted again and added to what the mixer made of its four tokens, and the other mixer blocks
-work on all tokens.
+Code to put behind model.py (cat model.py studies/merged.py > merged_model.py) for a network that masks nothing. Behind
+the first mixer block it joins 2 x 2 tokens into one, so that the backbone sees the whole picture in a quarter of the
+tokens, as MPDiT does (2603.26357). Then each is parted again and added to what the mixer made of its four tokens, and
+the other mixer blocks work on all tokens.
 """
-from model import *
+from model import *  # for editors and linters; behind model.py these names are there
 
 
 class MicroDiT(MicroDiT):

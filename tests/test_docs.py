@@ -25,7 +25,7 @@ COMMANDS = {  # which test runs the commands of the pages that have such parts (
                                                          "runs/speed_", "for seed in", "--out data/shapes64"),
     "an edit of the repository, or what the quick start made": ("cp model.py", "a large pink ring"),
     "tests/test_tiny.py trains a smaller one": ("python train_vae.py\n",),
-    "up to an hour; tests/test_studies.py scales it down": ("studies.ablate", "runs/masking_vae"),
+    "hours; tests/test_studies.py scales it down": ("studies.ablate", "runs/masking_vae"),
     "half an hour": ("tests/test_kills.py", "PAIRS=20"),
     "a part of the suite, and what Slurm's lines need": ("tests/test_gpu.py", "export TORCH_")}
 PARTS = [part for parts in COMMANDS.values() for part in parts]

@@ -288,7 +288,7 @@ def test_a_fused_matrix_moves_as_its_parts_would(run, name, parts):
 
 
 def test_processes_share_the_work_of_muon_and_get_the_same(script, tmp_path):
-    """Two make half of the matrices each: of 5 and 4 and 1 of a shape, the last of which leaves one without work"""
+    """Of 2, 5, 4 and 1 matrices of a shape, two processes make half each, if need be with one of zeros"""
     (tmp_path / "steps.py").write_text("""
 import sys, torch
 from common.processes import join
@@ -297,8 +297,8 @@ made, orthogonal = [], optimizer.orthogonal
 optimizer.orthogonal = lambda matrices: made.append(len(matrices)) or orthogonal(matrices)
 processes = join()
 g = torch.Generator().manual_seed(0)
-p = [torch.nn.Parameter(torch.randn(shape, generator=g)) for shape in ((16, 8), (5, 6, 8), (8, 8), (24, 8), (16, 8))]
-muon = optimizer.Muon(p, 0.02, pieces=[1, 1, 1, 3, 1])
+p = [torch.nn.Parameter(torch.randn(shape, generator=g)) for shape in ((16, 8), (5, 6, 8), (8, 8), (24, 8), (16, 8), (3, 9))]
+muon = optimizer.Muon(p, 0.02, pieces=[1, 1, 1, 3, 1, 1])
 for _ in range(3):
     for q in p:
         q.grad = torch.randn(q.shape, generator=g)
@@ -310,7 +310,7 @@ processes.leave()
     for processes in (1, 2):
         script(tmp_path / "steps.py", tmp_path, processes=processes)
     alone, *both = (torch.load(tmp_path / name, weights_only=True) for name in ("0 of 1", "0 of 2", "1 of 2"))
-    assert alone["made"] == [2, 5, 4] * 3 and both[0]["made"] == both[1]["made"] == [1, 3, 2] * 3
+    assert alone["made"] == [2, 5, 4, 1] * 3 and both[0]["made"] == both[1]["made"] == [1, 3, 2, 1] * 3
     for shared in both:
         assert all(map(torch.equal, shared["weights"], alone["weights"]))
 
