@@ -273,16 +273,18 @@ def summarize(results, first):
         judged = [r["scores"] for r in group if "scores" in r]
         shares = [", ".join(mean_and_spread([100 * s[kind][name][0] / max(1, s[kind][name][1]) for s in judged], 1)
                             for kind in KINDS if judged) for name in SCORES]
-        worth = [needed and needed / tflop for needed in (flops_at(loss, base) for loss in losses)]
-        if None not in worth:
-            worth = mean_and_spread(worth, 2)
-        else:  # beyond where the first arm has been
-            worth = f"> {base[-1][0] / tflop:.2f}" if base and max(losses) < base[-1][1] else ""
+        needed, at, where = [flops_at(loss, base) for loss in losses], [tflop] * len(losses), ""
+        if base and max(losses) < base[-1][1]:  # the first arm has not come so far: what does its last loss take?
+            needed, where = [base[-1][0]] * len(losses), f" at a loss of {base[-1][1]:.4f}"
+            at = [flops_at(base[-1][1], curves[arm, width][r["seed"]]) for r in group]
+        known = None not in needed + at
+        worth = mean_and_spread([a / b for a, b in zip(needed, at)], 2) + where if known else ""
         rows.append((budget, -statistics.mean(losses), [
             f"{tflop:.3g}", arm, f"{width}", f"{len(group)}", "{:,} + {:,}".format(*steps),
             mean_and_spread([r["val_loss_before"] for r in group]), mean_and_spread(losses), *shares, worth]))
     titles = ["TFLOP", "arm", "width", "seeds", "steps", "loss before the end", "loss",
-              *(f"{name} right, seen and unseen, %" for name in SCORES), f"FLOPs of {first[0]} for that loss / its own"]
+              *(f"{name} right, seen and unseen, %" for name in SCORES),
+              f"FLOPs of {first[0]} for the same loss / its own"]
     return markdown([titles, *(row for *_, row in sorted(rows, key=lambda row: row[:2]))])
 
 

@@ -297,7 +297,8 @@ made, orthogonal = [], optimizer.orthogonal
 optimizer.orthogonal = lambda matrices: made.append(len(matrices)) or orthogonal(matrices)
 processes = join()
 g = torch.Generator().manual_seed(0)
-p = [torch.nn.Parameter(torch.randn(shape, generator=g)) for shape in ((16, 8), (5, 6, 8), (8, 8), (24, 8), (16, 8), (3, 9))]
+shapes = (16, 8), (5, 6, 8), (8, 8), (24, 8), (16, 8), (3, 9)
+p = [torch.nn.Parameter(torch.randn(shape, generator=g)) for shape in shapes]
 muon = optimizer.Muon(p, 0.02, pieces=[1, 1, 1, 3, 1, 1])
 for _ in range(3):
     for q in p:

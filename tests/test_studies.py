@@ -72,7 +72,7 @@ def test_a_study_goes_on_and_grows(study, tmp_path, monkeypatch):
             assert scores["all"][1] == 9 and 0 <= scores["shape"][0] <= scores["shape"][1] > 8
     text = (study.out / "table.md").read_text()
     assert text.count("| gelu | 32 | 1 |") == text.count("| relu2 | 32 | 1 |") == 2 and text.count("| 1.00 |") == 2
-    assert "FLOPs of gelu for that loss" in text  # the first arm stays the first
+    assert "FLOPs of gelu for the same loss" in text  # the first arm stays the first
     assert Image.open(study.out / "losses.png").size[0] > 500
     assert Image.open(study.out / "pictures.png").size[0] > 8 * 128
 
@@ -162,6 +162,7 @@ def test_what_the_table_and_the_curves_say():
     results[1]["scores"] = {"seen": counts, "unseen": counts | {"all": [0, 256]}}
     _, _, *rows = ablate.summarize(results, ("a", 32)).splitlines()
     gain = 10 ** (math.log(0.2 / 0.4) / math.log(0.15 / 0.4))  # between a's mean losses, 0.4 and 0.15
+    ahead = 10 ** (1 - math.log(0.15 / 0.4) / math.log(0.1 / 0.4))  # where b has a's last loss
     seen = "25.0, 0.0 | 75.0, 75.0 | 0.0, 0.0"
     assert rows == [f"| {row} |" for row in (  # of each budget the best comes last
         "1 | a | 32 | 2 | 1,000 + 9 | 0.7000 ± 0.0000 | 0.4000 ± 0.1414 |  |  |  | ",
@@ -169,7 +170,7 @@ def test_what_the_table_and_the_curves_say():
         f"1 | b | 32 | 1 | 1,000 + 9 | 0.7000 | 0.2000 |  |  |  | {gain:.2f}",
         "10 | c | 32 | 1 | 1,000 + 9 | 0.7000 | 0.8000 |  |  |  | ",
         f"10 | a | 32 | 2 | 1,000 + 9 | 0.7000 ± 0.0000 | 0.1500 ± 0.0707 | {seen} | ",
-        "10 | b | 64 | 1 | 1,000 + 9 | 0.7000 | 0.1000 |  |  |  | > 1.00")]
+        f"10 | b | 64 | 1 | 1,000 + 9 | 0.7000 | 0.1000 |  |  |  | {ahead:.2f} at a loss of 0.1500")]
 
 
 @pytest.mark.parametrize("words, arms, message", [
