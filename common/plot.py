@@ -10,7 +10,7 @@ LEFT, TOP, BOTTOM = 74, 40, 388  # of the axes
 
 def ticks(low, high, log):
     """Return some five round numbers from low to high."""
-    if log and high / low > 2:
+    if log and high / low > 4:
         exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         numbers = [m * 10.0 ** e for e in exponents for m in ((1, 2, 3, 5, 7) if high / low < 30 else (1, 2, 5))]
     else:

@@ -306,9 +306,9 @@ def draw_losses(results):
 
 def draw_pictures(arms):
     """Return a grid with a row for each arm: its pictures of the same prompts, with one seed and the largest budget."""
-    found = [(arm.label, path) for arm in arms
+    found = [(arm.label if len(widths) > 1 else arm.name, path) for arm in arms
              for path in sorted(scores_of(branch(arm, max(budgets), seeds[0])).glob("shapes/*/*.png"))[:COLUMNS]]
-    texts = [f"{label}: {prompt_inside(path)}" for label, path in found]
+    texts = [f"{name}: {prompt_inside(path)}" for name, path in found]
     return found and picture_grid([load_picture(path, 1) for _, path in found], COLUMNS, texts)
 
 
