@@ -18,7 +18,7 @@ SMALL = ("--latent_size=8", "--patch_size=2", "--dim=32", "--depth=2", "--head_d
 def read(name):
     """(its settings, its network's)"""
     s = script_settings("train.py", f"config/{name}.py")
-    width = {"caption_dim": 128} if name in ("tiny", "small", "emoji") else {}  # the stand-in's
+    width = {"caption_dim": 128} if name in ("tiny", "small", "emoji", "masking") else {}  # the stand-in's
     return s, MicroDiTConfig(**{f.name: s[f.name] for f in fields(MicroDiTConfig) if f.name in s}, **width)
 
 
