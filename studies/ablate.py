@@ -213,7 +213,7 @@ def run(study, arm, seed):
             print(f"{arm.label}, {budget:g} TFLOP, seed {seed}: {loss:.4f}", flush=True)
             report(study, result)
         built_in = all(settings["source"] == "shapes" for *_, settings in study["pictures"])
-        if scores and built_in and "scores" not in result:
+        if scores and built_in and "scores" not in result and branch(arm, budget, seed).exists():
             report(study, result | {"scores": score(arm, branch(arm, budget, seed))})
 
 
