@@ -312,12 +312,11 @@ def draw_pictures(arms):
     return found and picture_grid([load_picture(path, 1) for _, path in found], COLUMNS, texts)
 
 
-def report(study, result):
-    """Take in a result, and write study.json, the table and the plot."""
+def report(study, *new):
+    """Take in new results, and write study.json, the table and the plot."""
     with REPORTING:
-        place = [result[key] for key in ("arm", "width", "seed", "budget")]
-        study["results"] = [r for r in study["results"]
-                            if [r[key] for key in ("arm", "width", "seed", "budget")] != place] + [result]
+        known = {tuple(r[key] for key in ("arm", "width", "seed", "budget")): r for r in (*study["results"], *new)}
+        study["results"] = list(known.values())
         write_json(Path(out, "study.json"), study)
         write_bytes(Path(out, "table.md"), f"{summarize(study['results'], study['first'])}\n".encode())
         save_picture(Path(out, "losses.png"), draw_losses(study["results"]))
@@ -339,6 +338,7 @@ def main(chosen=()):
         print(f"{len(arms) * len(seeds)} arms and seeds, {slots()} side by side, into {out}/", flush=True)
         for ended in as_completed([pool.submit(run, study, arm, seed) for seed in seeds for arm in arms]):
             ended.result()  # raises what the first that failed has raised
+        report(study)
     if pictures := draw_pictures(arms):
         save_picture(Path(out, "pictures.png"), pictures)
     print(f"\n{read_bytes(Path(out, 'table.md')).decode()}\n{out}: study.json, table.md, losses.png"
