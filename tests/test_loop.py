@@ -290,11 +290,12 @@ def test_a_fused_matrix_moves_as_its_parts_would(run, name, parts):
 def test_processes_share_the_work_of_muon_and_get_the_same(script, tmp_path):
     """Of 2, 5, 4 and 1 matrices of a shape, two processes make half each, if need be with one of zeros"""
     (tmp_path / "steps.py").write_text("""
-import sys, torch
+import sys, torch, torch.distributed as dist
 from common.processes import join
 from training import optimizer
-made, orthogonal = [], optimizer.orthogonal
+made, views, orthogonal, all_gather = [], [], optimizer.orthogonal, dist.all_gather
 optimizer.orthogonal = lambda matrices: made.append(len(matrices)) or orthogonal(matrices)
+dist.all_gather = lambda into, part: views.append(not part.is_contiguous()) or all_gather(into, part)
 processes = join()
 g = torch.Generator().manual_seed(0)
 shapes = (16, 8), (5, 6, 8), (8, 8), (24, 8), (16, 8), (3, 9)
@@ -305,7 +306,7 @@ for _ in range(3):
         q.grad = torch.randn(q.shape, generator=g)
     muon.step()
 name = f"{processes.rank} of {processes.world}"
-torch.save({"made": made, "weights": [q.detach() for q in p]}, f"{sys.argv[1]}/{name}")
+torch.save({"made": made, "views": any(views), "weights": [q.detach() for q in p]}, f"{sys.argv[1]}/{name}")
 processes.leave()
 """)
     for processes in (1, 2):
@@ -314,6 +315,7 @@ processes.leave()
     assert alone["made"] == [2, 5, 4, 1] * 3 and both[0]["made"] == both[1]["made"] == [1, 3, 2, 1] * 3
     for shared in both:
         assert all(map(torch.equal, shared["weights"], alone["weights"]))
+        assert not shared["views"]  # which gloo takes, and NCCL does not
 
 
 def test_learning_rate_schedules(monkeypatch):

@@ -103,8 +103,8 @@ def orthogonal_by_all(matrices):
         return orthogonal(matrices)
     share = -(-len(matrices) // dist.get_world_size())
     whole = F.pad(matrices, (0, 0, 0, 0, 0, share * dist.get_world_size() - len(matrices)))
-    parts, made = whole.split(share), torch.empty_like(whole)
-    dist.all_gather(list(made.split(share)), orthogonal(parts[dist.get_rank()]))
+    made, mine = torch.empty_like(whole), whole.split(share)[dist.get_rank()]
+    dist.all_gather(list(made.split(share)), orthogonal(mine).contiguous())  # NCCL takes no transposed views
     return made[:len(matrices)]
 
 
