@@ -65,6 +65,7 @@ from pictures.decode import load_picture
 from pictures.prepared import min_side, read_info
 from studies.compare import markdown, mean_and_spread, validations
 from training.checkpoint import step_of, step_path, steps_of, training_hash
+from training.meter import FORMULAS
 
 ARMS = {"deferred": "",  # the paper's; each arm has its best rate (docs/masking.md)
         "deferred_adamw": "optimizer=adamw learning_rate=1e-3",
@@ -145,7 +146,7 @@ def print_costs():
         costs = []
         for masked in (train.mask_ratio > 0, False):
             # other kinds of attention are not counted on every machine
-            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
                 make_step(masked)
             costs.append(counter.get_total_flops() / 1e12)
         print(json.dumps(costs))

@@ -6,7 +6,7 @@ import os
 import shutil
 import stat
 import sys
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -375,6 +375,8 @@ def test_flops_are_those_of_forward_and_backward():
         2 * length * d * 4 * d + 4 * length * length * d + 3 * 2 * length * d * hidden)
     forward = block + caption + patches + noise + 2 * d * d + 2 * d * 2 * d + 2 * t * d * 8
     assert flops(config) == 3 * forward - patches - captions - noise
+    mixed = replace(config, mixer_depth=1, mixer_dim=16)
+    assert flops(replace(mixed, mixer_conv=True)) - flops(mixed) == 3 * 2 * t * 16 * 9  # 3 x 3, each channel by itself
 
 
 @pytest.mark.parametrize("edit", [torch.nonzero, torch.Tensor.item, lambda x: x[x > 0], lambda x: 1 if x > 0 else 0])
