@@ -22,11 +22,13 @@ class MicroDiT(MicroDiT):
             raise ValueError("this network keeps all patches: mask_ratio must be 0")
         x = self.patch_embed(x).flatten(2).transpose(1, 2) + self.pos_embed                      # (B, T, D)
         caption = self.caption_block(self.caption_embed(caption))
-        cond = gelu_tanh(self.noise_embed(noise_level_features(c_noise)) + self.pooled_embed(caption.mean(1)))
+        noise = self.noise_embed(noise_level_features(c_noise).to(self.noise_embed[0].weight.dtype))
+        cond = gelu_tanh(noise + self.pooled_embed(caption.mean(1)))
         first, *others = self.mixer
         fine, fine_caption = self.mixer_in(x).to(x.dtype), self.mixer_caption(caption)           # (B, T, d)
         fine = self._run(first, fine, fine_caption, cond)
-        grid = fine.mT.unflatten(2, 2 * [math.isqrt(fine.shape[1])])                             # (B, d, side, side)
+        side = math.isqrt(fine.shape[1])
+        grid = fine.mT.unflatten(2, (side, side))                                                # (B, d, side, side)
         x = self.mixer_out(patchify(grid, 2)).to(x.dtype)                                        # (B, T/4, D)
         for block in self.blocks:
             x = self._run(block, x, caption, cond)
