@@ -268,18 +268,14 @@ def summarize(results, first):
     curves, groups = curves_of(results), defaultdict(list)
     for r in results:
         groups[r["budget"], r["arm"], r["width"]].append(r)
-    base, rows = [p[:2] for p in mean_curve(curves[tuple(first)])], []
+    rows = []
     for (budget, arm, width), group in groups.items():
         losses, tflop, steps = [r["val_loss"] for r in group], group[0]["tflop"], group[0]["steps"]
         judged = [r["scores"] for r in group if "scores" in r]
         shares = [", ".join(mean_and_spread([100 * s[kind][name][0] / max(1, s[kind][name][1]) for s in judged], 1)
                             for kind in KINDS if judged) for name in SCORES]
-        needed, at, where = [flops_at(loss, base) for loss in losses], [tflop] * len(losses), ""
-        if base and max(losses) < base[-1][1]:  # the first arm has not come so far: what does its last loss take?
-            needed, where = [base[-1][0]] * len(losses), f" at a loss of {base[-1][1]:.4f}"
-            at = [flops_at(base[-1][1], curves[arm, width][r["seed"]]) for r in group]
-        known = None not in needed + at
-        worth = mean_and_spread([a / b for a, b in zip(needed, at)], 2) + where if known else ""
+        gains = [gain(r, curves[arm, width][r["seed"]], curves[tuple(first)][r["seed"]]) for r in group]
+        worth = "" if None in gains else mean_and_spread(gains, 2)
         rows.append((budget, -statistics.mean(losses), [
             f"{tflop:.3g}", arm, f"{width}", f"{len(group)}", "{:,} + {:,}".format(*steps),
             mean_and_spread([r["val_loss_before"] for r in group]), mean_and_spread(losses), *shares, worth]))
@@ -287,6 +283,18 @@ def summarize(results, first):
               *(f"{name} right, seen and unseen, %" for name in SCORES),
               f"FLOPs of {first[0]} for the same loss / its own"]
     return markdown([titles, *(row for *_, row in sorted(rows, key=lambda row: row[:2]))])
+
+
+def gain(result, own, base):
+    """Return how many times a result's FLOPs the curve of the first arm needs for its loss, or None if not known.
+
+    Where that curve does not come so far, it is about the loss at its end, and where the arm's own has it.
+    """
+    if base and result["val_loss"] < base[-1][1]:
+        at = flops_at(base[-1][1], own)
+        return at and base[-1][0] / at
+    at = flops_at(result["val_loss"], base)
+    return at and at / result["tflop"]
 
 
 def flops_at(loss, points):

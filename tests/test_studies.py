@@ -156,22 +156,24 @@ def test_what_the_table_and_the_curves_say():
         assert ablate.flops_at(loss, base) == (at and pytest.approx(at))
     numbers = [("a", 32, 0, 1, 0.3), ("a", 32, 0, 10, 0.1), ("a", 32, 1, 1, 0.5), ("a", 32, 1, 10, 0.2),
                ("b", 32, 0, 1, 0.2), ("b", 64, 0, 1, 0.4), ("b", 64, 1, 1, 0.1), ("b", 64, 0, 10, 0.1),
-               ("c", 32, 0, 10, 0.8)]
+               ("c", 32, 1, 1, 0.4), ("c", 32, 1, 10, 0.1)]
     results = [dict(zip(("arm", "width", "seed", "budget", "val_loss"), r)) |
                {"tflop": r[3], "steps": [1000, 9], "val_loss_before": 0.7} for r in numbers]
     counts = {"all": [64, 256], "shape": [3, 4], "relation": [0, 0]}
     results[1]["scores"] = {"seen": counts, "unseen": counts | {"all": [0, 256]}}
     _, _, *rows = ablate.summarize(results, ("a", 32)).splitlines()
-    gain = 10 ** (math.log(0.2 / 0.4) / math.log(0.15 / 0.4))  # between a's mean losses, 0.4 and 0.15
-    ahead = 10 ** (1 - math.log(0.15 / 0.4) / math.log(0.1 / 0.4))  # where b has a's last loss
+    b = 10 ** (math.log(0.3 / 0.2) / math.log(0.3 / 0.1))  # where a has the loss of b, each with the first seed
+    c = 10 ** (math.log(0.5 / 0.4) / math.log(0.5 / 0.2))  # and of c, with the second
+    ahead = 10 ** (1 - math.log(0.4 / 0.2) / math.log(0.4 / 0.1))  # a at its end: where c has that loss
     seen = "25.0, 0.0 | 75.0, 75.0 | 0.0, 0.0"
     assert rows == [f"| {row} |" for row in (  # of each budget the best comes last
-        "1 | a | 32 | 2 | 1,000 + 9 | 0.7000 ± 0.0000 | 0.4000 ± 0.1414 |  |  |  | ",
+        "1 | a | 32 | 2 | 1,000 + 9 | 0.7000 ± 0.0000 | 0.4000 ± 0.1414 |  |  |  | 1.00 ± 0.00",
+        f"1 | c | 32 | 1 | 1,000 + 9 | 0.7000 | 0.4000 |  |  |  | {c:.2f}",
         "1 | b | 64 | 2 | 1,000 + 9 | 0.7000 ± 0.0000 | 0.2500 ± 0.2121 |  |  |  | ",
-        f"1 | b | 32 | 1 | 1,000 + 9 | 0.7000 | 0.2000 |  |  |  | {gain:.2f}",
-        "10 | c | 32 | 1 | 1,000 + 9 | 0.7000 | 0.8000 |  |  |  | ",
-        f"10 | a | 32 | 2 | 1,000 + 9 | 0.7000 ± 0.0000 | 0.1500 ± 0.0707 | {seen} | ",
-        f"10 | b | 64 | 1 | 1,000 + 9 | 0.7000 | 0.1000 |  |  |  | {ahead:.2f} at a loss of 0.1500")]
+        f"1 | b | 32 | 1 | 1,000 + 9 | 0.7000 | 0.2000 |  |  |  | {b:.2f}",
+        f"10 | a | 32 | 2 | 1,000 + 9 | 0.7000 ± 0.0000 | 0.1500 ± 0.0707 | {seen} | 1.00 ± 0.00",
+        "10 | b | 64 | 1 | 1,000 + 9 | 0.7000 | 0.1000 |  |  |  | 1.00",
+        f"10 | c | 32 | 1 | 1,000 + 9 | 0.7000 | 0.1000 |  |  |  | {ahead:.2f}")]
 
 
 @pytest.mark.parametrize("words, arms, message", [
