@@ -281,7 +281,7 @@ def summarize(results, first):
             mean_and_spread([r["val_loss_before"] for r in group]), mean_and_spread(losses), *shares, worth]))
     titles = ["TFLOP", "arm", "width", "seeds", "steps", "loss before the end", "loss",
               *(f"{name} right, seen and unseen, %" for name in SCORES),
-              f"FLOPs of {first[0]} for the same loss / its own"]
+              f"FLOPs of {first[0]} for the same loss (or its last one) / its own"]
     return markdown([titles, *(row for *_, row in sorted(rows, key=lambda row: row[:2]))])
 
 

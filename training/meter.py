@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from model import MicroDiT, MicroDiTConfig, edm_loss, kept_patches
 
 PEAKS = {"H200": 989.4e12, "H100 PCIe": 756e12, "H100": 989.4e12, "A100": 312e12}  # dense bf16 FLOP/s, by datasheet
-# torch 2.13 forgets the groups in the gradient of a convolution's weights, and counts it for all channels to all
+# torch 2.13 forgets a convolution's groups in the gradient of its weights; this is not for transposed convolutions
 FORMULAS = {torch.ops.aten.convolution_backward: lambda grad, x, weight, *rest, **_:
             2 * math.prod(grad) * math.prod(weight[1:]) * sum(rest[-1][:2])}
 
